@@ -1,0 +1,38 @@
+"""What Retriever raises, and nothing else reaches a user of the library on purpose.
+
+RetrieverError
+├── PictureError      a picture that cannot be read: missing, truncated, too large, not a picture
+├── CaptionError      a captions file that cannot be read
+├── EncoderError      a model that cannot be found, downloaded or loaded
+├── MissingExtraError a command needs an optional part of the installation
+└── UsageError        arguments that contradict each other or name nothing (exit status 2)
+
+The store has a tree of its own, `indexes.errors.StoreError`.
+"""
+
+
+class RetrieverError(Exception):
+    """Base of every error that Retriever raises on purpose; its text is one sentence for the user."""
+
+
+class PictureError(RetrieverError):
+    """A picture cannot be read; the text names the file and says what is wrong with it."""
+
+
+class CaptionError(RetrieverError):
+    """A captions file cannot be read; the text names the file, and the line where there is one."""
+
+
+class EncoderError(RetrieverError):
+    """A model cannot be found, downloaded or loaded."""
+
+
+class MissingExtraError(RetrieverError):
+    """A part of the installation is absent; the text has the command that adds it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional part: pip install 'retriever-search[{extra}]'")
+
+
+class UsageError(RetrieverError):
+    """The arguments contradict each other or name nothing that exists."""
