@@ -60,7 +60,7 @@ def ranks_of_positives(
         gallery: (g, d) float.
         query_labels: (q,) int.
         gallery_labels: (g,) int; a candidate with the query's label is a positive.
-        chunk: queries scored at a time, by default as many as fit in 64 MiB; the result is the same.
+        chunk: queries scored at a time, by default what fits in 64 MiB; no effect on the result.
 
     Raises:
         ValueError: shapes that do not fit, a value that is not finite, a query without a positive.
