@@ -1,0 +1,48 @@
+"""What a store raises on purpose; each text is one sentence for the user.
+
+StoreError
+├── StoreNotFoundError   no store at this path
+├── StoreExistsError     a store is there already
+├── StoreDamagedError    the catalogue cannot be read
+├── StoreTooNewError     made by a newer version of this software
+├── StoreLockedError     another process is writing; names it
+├── StoreReadOnlyError   cannot be written: permissions, read-only disk, disk full
+├── WrongModelError      made by another model
+└── InvalidRowsError     what was handed over is not what the store takes; nothing was written
+"""
+
+
+class StoreError(Exception):
+    """Base of every error that a store raises on purpose."""
+
+
+class StoreNotFoundError(StoreError):
+    """There is no store at this path."""
+
+
+class StoreExistsError(StoreError):
+    """A store exists where a new one was to be made."""
+
+
+class StoreDamagedError(StoreError):
+    """The catalogue cannot be read as one of ours."""
+
+
+class StoreTooNewError(StoreError):
+    """The catalogue's schema is newer than this software knows."""
+
+
+class StoreLockedError(StoreError):
+    """Another process holds the store for writing; the text names it and says since when."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The store cannot be written: permissions, a read-only disk, or no space left."""
+
+
+class WrongModelError(StoreError):
+    """The store was made by another model, whose embeddings cannot be compared."""
+
+
+class InvalidRowsError(StoreError, ValueError):
+    """Rows or embeddings are not what the store takes; nothing of the batch was written."""

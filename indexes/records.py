@@ -1,0 +1,122 @@
+"""Rows as they travel in and out of a store: plain frozen dataclasses, no database types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["image", "caption"]
+KINDS: tuple[Kind, ...] = ("image", "caption")
+Status = Literal["ok", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The encoder that made a store's embeddings; equal fingerprints mean comparable embeddings."""
+
+    name: str
+    dim: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionRow:
+    """A caption and where it came from, such as "sidecar" or "exif"."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """What the catalogue remembers of a file, enough to see whether it changed."""
+
+    item_id: int
+    file: str
+    size: int
+    mtime_ns: int
+    content_hash: bytes | None
+    status: Status
+    captions: tuple[CaptionRow, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemWrite:
+    """One new or changed item, to be written whole.
+
+    `file` is a posix path relative to its root (surrogateescape for undecodable names). `taken`
+    is the camera's wall clock; a time zone is dropped. With `failure` the item is kept as failed
+    with that reason, its captions without embeddings. Otherwise `image_embedding` is (d,) float32
+    of unit length, or None for content that the store has already: the embedding of an item with
+    the same `content_hash` is copied. `caption_embeddings` is (n_captions, d), None if there are
+    no captions. `item_id` None means the item at this root and file, made if absent.
+    """
+
+    file: str
+    size: int
+    mtime_ns: int
+    content_hash: bytes | None
+    width: int
+    height: int
+    taken: datetime | None = None
+    captions: tuple[CaptionRow, ...] = ()
+    image_embedding: NDArray[np.float32] | None = None
+    caption_embeddings: NDArray[np.float32] | None = None
+    failure: str | None = None
+    item_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRow:
+    """An item as the catalogue has it; `path` is absolute, `reason` is set when it failed."""
+
+    item_id: int
+    path: Path
+    root: Path
+    file: str
+    size: int
+    mtime_ns: int
+    content_hash: bytes | None
+    width: int
+    height: int
+    taken: datetime | None
+    status: Status
+    reason: str | None
+    captions: tuple[CaptionRow, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Match:
+    """The best candidates of one query, best first; equal scores are ordered by id.
+
+    ids: (k',) int64, k' = min(k, candidates); never a placeholder. scores: (k',) float32, cosines.
+    """
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+
+class KindInfo(TypedDict):
+    """How one kind of embedding is searched: rows in the FAISS file, beside it, and struck out."""
+
+    rows: int
+    indexed: int
+    tail: int
+    removed: int
+
+
+class StoreInfo(TypedDict):
+    """What `Store.info` tells; `index` has the kinds "image" and "caption"."""
+
+    items: int
+    captions: int
+    failures: int
+    model: dict[str, str | int]
+    generation: int
+    index: dict[str, KindInfo]
+    size_bytes: int
