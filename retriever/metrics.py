@@ -52,8 +52,7 @@ def ranks_of_positives(
 ) -> Ranks:
     """Place of the best positive of each query in the gallery ordered by score, zero-based.
 
-    The score is the dot product, added up in float64 and rounded to float32: the order in which a
-    matrix product adds up depends on its shape, and would otherwise decide ties between equal rows.
+    The score is the dot product, rounded to float32.
 
     Args:
         queries: (q, d) float.
@@ -76,7 +75,7 @@ def ranks_of_positives(
     result = np.empty((3, len(queries)), np.int64)
     for start in range(0, len(queries), chunk):
         block = slice(start, start + chunk)
-        scores = (queries[block].astype(np.float64) @ candidates).astype(np.float32)
+        scores = _scores(queries[block], candidates)
         positive = query_labels[block, None] == gallery_labels[None, :]
         best = np.where(positive, scores, -np.inf).max(axis=1, keepdims=True)
         higher = np.count_nonzero(scores > best, axis=1)
@@ -86,6 +85,41 @@ def ranks_of_positives(
         result[1, block] = higher
         result[2, block] = higher + np.count_nonzero(equal & ~positive, axis=1)
     return Ranks(*result)
+
+
+def top_k(
+    queries: NDArray[np.floating],
+    gallery: NDArray[np.floating],
+    k: int,
+    *,
+    chunk: int | None = None,
+) -> NDArray[np.int64]:
+    """(q, min(k, g)) positions of the best candidates of each query, exactly, best first.
+
+    Scores and tie rule are those of `ranks_of_positives`.
+
+    Args:
+        queries: (q, d) float.
+        gallery: (g, d) float.
+        k: candidates wanted, at least 1.
+        chunk: queries scored at a time, by default what fits in 64 MiB; no effect on the result.
+
+    Raises:
+        ValueError: shapes that do not fit, a value that is not finite, or k < 1.
+    """
+    _check_rows(queries, gallery)
+    _check_k(k)
+    k = min(k, len(gallery))
+    chunk = chunk or max(1, _SCORES_AT_A_TIME // len(gallery))
+    candidates = gallery.astype(np.float64).T
+    best = np.empty((len(queries), k), np.int64)
+    for start in range(0, len(queries), chunk):
+        scores = _scores(queries[start : start + chunk], candidates)
+        thresholds = np.partition(scores, len(gallery) - k, axis=1)[:, len(gallery) - k]
+        for place, (row, threshold) in enumerate(zip(scores, thresholds, strict=True), start):
+            positions = np.flatnonzero(row >= threshold)
+            best[place] = positions[np.argsort(-row[positions], kind="stable")[:k]]
+    return best
 
 
 def recall_at_k(ranks: NDArray[np.int64], k: int) -> float:
@@ -105,8 +139,7 @@ def recall_at_k(ranks: NDArray[np.int64], k: int) -> float:
         ValueError: `ranks` is empty or k < 1.
     """
     _check_ranks(ranks)
-    if k < 1:
-        raise ValueError(f"k is {k}, but must be at least 1")
+    _check_k(k)
     return float(np.mean(ranks < k))
 
 
@@ -310,6 +343,15 @@ def modality_gap(images: NDArray[np.floating], texts: NDArray[np.floating]) -> f
     return float(np.linalg.norm(gap))
 
 
+def _scores(queries: NDArray[np.floating], candidates: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(c, g) scores of (c, d) queries and (d, g) candidates.
+
+    Added up in float64, then rounded: the order in which a matrix product adds up depends on its
+    shape, and in float32 its last bits would decide between equal rows.
+    """
+    return (queries.astype(np.float64) @ candidates).astype(np.float32)
+
+
 def _check_rows(left: NDArray[np.floating], right: NDArray[np.floating]) -> None:
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
         raise ValueError(f"(q, d) and (g, d) are needed, got {left.shape} and {right.shape}")
@@ -322,3 +364,8 @@ def _check_rows(left: NDArray[np.floating], right: NDArray[np.floating]) -> None
 def _check_ranks(ranks: NDArray[np.int64]) -> None:
     if not len(ranks):
         raise ValueError("no ranks: there were no queries")
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k is {k}, but must be at least 1")

@@ -18,6 +18,7 @@ from retriever.metrics import (
     retrieval_metrics,
     rsum,
     summarise_ranks,
+    top_k,
     uniformity,
 )
 
@@ -152,6 +153,15 @@ def test_half_precision_rows_are_ranked_as_the_numbers_they_hold():
     np.testing.assert_array_equal(three(half), three(full))
 
 
+@given(problems(), st.integers(1, 8), st.integers(1, 4))
+def test_top_k_is_the_head_of_full_sorting_with_ties_in_any_chunk(problem, k, chunk):
+    images, texts, _ = problem
+    expected = [
+        sorted(range(len(images)), key=lambda p: (-row[p], p))[:k] for row in texts @ images.T
+    ]
+    assert top_k(texts, images, k, chunk=chunk).tolist() == expected
+
+
 def test_unusable_input_is_refused():
     rows = np.ones((2, 3), np.float32)
     labels = np.arange(2)
@@ -209,6 +219,8 @@ def test_no_ranks_have_no_number(function):
 def test_k_starts_at_one():
     with pytest.raises(ValueError, match="at least 1"):
         recall_at_k(np.array([0]), 0)
+    with pytest.raises(ValueError, match="at least 1"):
+        top_k(np.ones((1, 2)), np.ones((1, 2)), 0)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1), st.integers(1, 60))
