@@ -1,1 +1,1 @@
-"""The store: a folder with a SQLite catalogue, which is the truth, and FAISS files, which are a cache of it."""
+"""The store: a folder with a SQLite catalogue, the truth, and FAISS files, a cache of it."""

@@ -101,6 +101,30 @@ class Match:
     scores: NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells that a file on disk is the one that was written; `checksum` is XXH3-128, hex."""
+
+    size_bytes: int
+    mtime_ns: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFile:
+    """A FAISS file as the catalogue records it.
+
+    It holds `rows` vectors, all of its kind as they were after change number `change`; later
+    changes are searched beside it.
+    """
+
+    name: str
+    generation: int
+    change: int
+    rows: int
+    stamp: FileStamp
+
+
 class KindInfo(TypedDict):
     """How one kind of embedding is searched: rows in the FAISS file, beside it, and struck out."""
 

@@ -1,0 +1,89 @@
+"""Numbered changes of the catalogue's schema, applied in order and recorded in the database.
+
+A migration never changes once released: it is plain SQL, in the words of the dialect where they
+differ, and independent of the tables that `catalogue` describes today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+# Types whose names differ between databases. AUTOINCREMENT: ids of removed rows are never given
+# out again, because a FAISS file may still hold their vectors.
+WORDS: Mapping[str, Mapping[str, str]] = {
+    "sqlite": {"key": "INTEGER PRIMARY KEY AUTOINCREMENT", "blob": "BLOB"},
+}
+
+
+def m001_create_tables(words: Mapping[str, str]) -> Sequence[str]:
+    """Roots, items, captions, models, embeddings, and the record of FAISS files."""
+    key, blob = words["key"], words["blob"]
+    embeddings = [
+        statement
+        for table, owner in (("image_embeddings", "items"), ("caption_embeddings", "captions"))
+        for statement in (
+            f"""CREATE TABLE {table} (
+                owner_id BIGINT NOT NULL REFERENCES {owner} (id) ON DELETE CASCADE,
+                model_id BIGINT NOT NULL REFERENCES models (id) ON DELETE CASCADE,
+                change BIGINT NOT NULL,
+                vector {blob} NOT NULL,
+                PRIMARY KEY (model_id, owner_id))""",
+            f"CREATE INDEX {table}_by_owner ON {table} (owner_id)",
+            f"CREATE INDEX {table}_by_change ON {table} (model_id, change)",
+        )
+    ]
+    return [
+        f"""CREATE TABLE models (
+            id {key},
+            name TEXT NOT NULL,
+            dim INTEGER NOT NULL CHECK (dim > 0),
+            fingerprint TEXT NOT NULL UNIQUE)""",
+        """CREATE TABLE store_info (
+            id INTEGER PRIMARY KEY CHECK (id = 1),
+            model_id BIGINT NOT NULL REFERENCES models (id),
+            generation BIGINT NOT NULL,
+            change BIGINT NOT NULL)""",
+        f"CREATE TABLE roots (id {key}, path {blob} NOT NULL UNIQUE)",
+        f"""CREATE TABLE items (
+            id {key},
+            root_id BIGINT NOT NULL REFERENCES roots (id) ON DELETE CASCADE,
+            file {blob} NOT NULL,
+            size BIGINT NOT NULL,
+            mtime_ns BIGINT NOT NULL,
+            content_hash {blob},
+            width INTEGER NOT NULL,
+            height INTEGER NOT NULL,
+            taken TIMESTAMP,
+            status TEXT NOT NULL CHECK (status IN ('ok', 'failed')),
+            reason TEXT,
+            UNIQUE (root_id, file))""",
+        "CREATE INDEX items_by_content ON items (content_hash)",
+        f"""CREATE TABLE captions (
+            id {key},
+            item_id BIGINT NOT NULL REFERENCES items (id) ON DELETE CASCADE,
+            position INTEGER NOT NULL,
+            text TEXT NOT NULL,
+            source TEXT NOT NULL,
+            UNIQUE (item_id, position))""",
+        *embeddings,
+        """CREATE TABLE tombstones (
+            kind TEXT NOT NULL,
+            model_id BIGINT NOT NULL REFERENCES models (id) ON DELETE CASCADE,
+            owner_id BIGINT NOT NULL,
+            change BIGINT NOT NULL,
+            PRIMARY KEY (kind, model_id, owner_id))""",
+        """CREATE TABLE index_files (
+            kind TEXT NOT NULL,
+            model_id BIGINT NOT NULL REFERENCES models (id) ON DELETE CASCADE,
+            name TEXT NOT NULL,
+            generation BIGINT NOT NULL,
+            change BIGINT NOT NULL,
+            rows BIGINT NOT NULL,
+            size_bytes BIGINT NOT NULL,
+            mtime_ns BIGINT NOT NULL,
+            checksum TEXT NOT NULL,
+            PRIMARY KEY (kind, model_id))""",
+    ]
+
+
+MIGRATIONS: tuple[Callable[[Mapping[str, str]], Sequence[str]], ...] = (m001_create_tables,)

@@ -1,0 +1,233 @@
+"""VectorIndex: float16 unit vectors in FAISS, addressed by our ids and searched exactly.
+
+The only home of faiss. Nothing here pads: a result holds as many ids as there are candidates.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import faiss as _faiss
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from indexes.records import FileStamp, Match
+
+faiss: Any = _faiss  # its own type hints leave out half of what stands below
+
+# FAISS 1.15 compares this with queries x dimension and by default leaves batches of up to a few
+# hundred queries on its slow path: 14 s instead of 1 s for 64 queries over a million 512-d rows.
+faiss.cvar.distance_compute_blas_threshold = 2048
+
+# Up to this many candidates are scored straight from their codes; more go through FAISS.
+SMALL = 256
+# Candidates fetched beyond k, so that ties at the k-th place are usually settled at once.
+SLACK = 16
+# Rows decoded at a time when many are scored: 4096 x 512-d are 8 MiB as float32.
+CHUNK = 4096
+
+Ids = NDArray[np.int64]
+Positions = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+class IndexFileError(Exception):
+    """A FAISS file is missing, torn or not the one that was recorded; it can be made again."""
+
+
+class VectorIndex:
+    """Vectors of one kind under ascending ids; its file is memory-mapped, never read whole."""
+
+    def __init__(self, keyed: Any, content: object = None) -> None:
+        """Take an IndexIDMap over float16 codes; `content` is the memory that it points into."""
+        self._keyed = keyed
+        self._flat = faiss.downcast_index(keyed.index)
+        self._content = content
+        self.ids: Ids = faiss.vector_to_array(keyed.id_map)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the vectors."""
+        return int(self._flat.d)
+
+    @classmethod
+    def build(cls, dim: int, batches: Iterable[tuple[Ids, NDArray[np.float16]]]) -> VectorIndex:
+        """An index in memory of (ids (n,), vectors (n, dim)) batches, ids ascending throughout."""
+        flat = faiss.IndexScalarQuantizer(
+            dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+        )
+        keyed = faiss.IndexIDMap(flat)
+        for ids, vectors in batches:
+            keyed.add_with_ids(np.ascontiguousarray(vectors, dtype=np.float32), ids)
+        index = cls(keyed)
+        assert bool((np.diff(index.ids) > 0).all()), "ids must ascend"
+        return index
+
+    def save(self, path: Path) -> FileStamp:
+        """Write the index so that `path` is either the whole of it or what it was before.
+
+        Raises OSError, after which nothing new is at `path`.
+        """
+        digest = xxhash.xxh3_128()
+        failure: list[OSError] = []
+        beside = path.with_name(path.name + ".tmp")
+        with beside.open("wb") as file:
+
+            def write(chunk: bytes) -> int:
+                try:
+                    file.write(chunk)
+                except OSError as error:  # FAISS would hide the reason behind its own error
+                    failure.append(error)
+                    return 0
+                digest.update(chunk)
+                return len(chunk)
+
+            try:
+                # Through a callback, because FAISS takes only names that are valid text.
+                faiss.write_index(self._keyed, faiss.PyCallbackIOWriter(write))
+            except RuntimeError as error:
+                raise (failure[0] if failure else error) from None
+            file.flush()
+            os.fsync(file.fileno())
+            status = os.fstat(file.fileno())
+        beside.replace(path)
+        _sync_folder(path.parent)
+        return FileStamp(status.st_size, status.st_mtime_ns, digest.hexdigest())
+
+    @classmethod
+    def load(
+        cls, path: Path, *, dim: int, rows: int, stamp: FileStamp, full: bool = False
+    ) -> VectorIndex:
+        """The index at `path`, memory-mapped, if it is the one that `stamp` describes.
+
+        A file of the recorded size and time of writing (nanoseconds) is believed without reading
+        its codes, as git believes its working tree: a search over a large store must not begin
+        with a pass over a gigabyte. Every other file of that size (a library copied elsewhere,
+        a file written over) is believed only if its checksum is the recorded one; `full` asks for
+        the checksum in any case, which notices a disk that changed bits behind the file system.
+
+        Raises IndexFileError.
+        """
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_size != stamp.size_bytes:
+                    raise IndexFileError(
+                        f"{path.name} has {status.st_size} bytes, not {stamp.size_bytes}"
+                    )
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise IndexFileError(f"{path.name} cannot be read: {error}") from error
+        content = np.frombuffer(mapped, dtype=np.uint8)
+        if full or status.st_mtime_ns != stamp.mtime_ns:
+            checksum = xxhash.xxh3_128_hexdigest(mapped)
+            if checksum != stamp.checksum:
+                raise IndexFileError(f"{path.name} has checksum {checksum}, not {stamp.checksum}")
+        try:
+            # FAISS reads from our own mapping: what was checked is what is used, and any file
+            # name will do. Its codes stay where they are; only the ids are copied.
+            keyed = faiss.read_index(
+                faiss.ZeroCopyIOReader(faiss.swig_ptr(content), content.size),
+                faiss.IO_FLAG_READ_ONLY,
+            )
+            index = cls(keyed, content)
+        except (RuntimeError, AttributeError) as error:
+            raise IndexFileError(f"{path.name} is not an index of ours: {error}") from error
+        if (index.dim, index._flat.ntotal, len(index)) != (dim, rows, rows):
+            raise IndexFileError(f"{path.name} holds other vectors than the catalogue says")
+        return index
+
+    def find(self, ids: Ids) -> tuple[Positions, Mask]:
+        """Positions of those ids that are here, and which of `ids` (n,) they are."""
+        places = np.searchsorted(self.ids, ids)
+        present = np.zeros(len(ids), dtype=np.bool_)
+        inside = places < len(self.ids)
+        present[inside] = self.ids[places[inside]] == ids[inside]
+        return places[present].astype(np.int64), present
+
+    def vectors(self, positions: Positions) -> NDArray[np.float32]:
+        """(n, d) float32 vectors at these positions."""
+        rows: NDArray[np.float32] = self._flat.reconstruct_batch(positions)
+        return rows
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, *, allowed: Mask | None = None
+    ) -> list[Match]:
+        """The k best of the allowed rows for each query, exactly.
+
+        FAISS finds the candidates; their scores are then computed again in float64 from the
+        stored codes, so that a score depends on query and vector alone (not on the batch or the
+        place in the file), and equal vectors tie and are ordered by id.
+
+        Args:
+            queries: (q, d) float32, unit rows.
+            k: results wanted, at least 1; fewer come only if fewer rows are allowed.
+            allowed: (n,) which rows may be returned; None means all.
+        """
+        count = len(self) if allowed is None else int(np.count_nonzero(allowed))
+        fetch = k + SLACK
+        if count <= max(fetch, SMALL):
+            every = np.arange(len(self)) if allowed is None else np.flatnonzero(allowed)
+            return [self._best(query, every, k) for query in queries]
+        parameters = None
+        if allowed is not None:
+            bits = np.packbits(allowed, bitorder="little")
+            parameters = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+        approximate, places = self._flat.search(queries, fetch, params=parameters)
+        # Summing d float32 products of unit vectors is off by less than this, in any order.
+        margin = self.dim * 2.0**-23
+        found = []
+        for query, rough, positions in zip(queries, approximate, places, strict=True):
+            best = self._best(query, positions, k)
+            # A row that was not fetched scores at most rough[-1] + margin. Where that could still
+            # reach the k-th place (many near-equal rows), everything in reach is fetched.
+            if rough[-1] + margin >= best.scores[-1]:
+                radius = float(best.scores[-1]) - 2 * margin
+                _, _, positions = self._flat.range_search(query[None], radius, params=parameters)
+                best = self._best(query, positions, k)
+            found.append(best)
+        return found
+
+    def _best(self, query: NDArray[np.float32], positions: Positions, k: int) -> Match:
+        wide = query.astype(np.float64)
+        parts = [
+            (self.vectors(positions[start : start + CHUNK]) * wide).sum(axis=1)
+            for start in range(0, len(positions), CHUNK)
+        ]
+        scores = (
+            np.concatenate(parts).astype(np.float32) if parts else np.empty(0, dtype=np.float32)
+        )
+        return _first(self.ids[positions], scores, k)
+
+
+def merge(parts: Iterable[Match], k: int) -> Match:
+    """The k best of several results over disjoint rows."""
+    several = list(parts)
+    return _first(
+        np.concatenate([part.ids for part in several]),
+        np.concatenate([part.scores for part in several]),
+        k,
+    )
+
+
+def _first(ids: Ids, scores: NDArray[np.float32], k: int) -> Match:
+    order = np.lexsort((ids, -scores))[:k]
+    return Match(ids[order], scores[order])
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there; the file system journals renames
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
