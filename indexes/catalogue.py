@@ -289,6 +289,22 @@ class Catalogue:
             ) from error
 
 
+def _item_values(root_id: int, item: ItemWrite) -> dict[str, Any]:
+    return {
+        "root_id": root_id,
+        "file": os.fsencode(item.file),
+        "size": item.size,
+        "mtime_ns": item.mtime_ns,
+        "content_hash": item.content_hash,
+        "width": item.width,
+        "height": item.height,
+        "taken": item.taken.replace(tzinfo=None) if item.taken is not None else None,
+        "status": "ok" if item.failure is None else "failed",
+        # A reason may quote a file name that is not valid text.
+        "reason": item.failure and item.failure.encode("utf-8", "backslashreplace").decode(),
+    }
+
+
 def _on_begin(connection: sa.Connection) -> None:
     # IMMEDIATE takes the write lock at once. A transaction that began by reading could not get
     # it later if another one had written in between.
@@ -580,50 +596,72 @@ class Transaction(Snapshot):
         found = self._connection.execute(sa.select(roots.c.id).where(roots.c.path == name)).scalar()
         return int(found) if found is not None else self._insert(roots, path=name)
 
-    def write_item(self, root_id: int, item: ItemWrite) -> int:
-        """Id of the item, now as `item` says."""
-        # Looked for first: once its row has the new hash, the item could be found with its old
-        # embedding and be taken for its own source.
-        vector = None
-        if item.failure is None:
-            vector = (
-                item.image_embedding.astype("<f2")
-                if item.image_embedding is not None
-                else self._same_content(item)
+    def write_items(self, root_id: int, batch: Sequence[ItemWrite]) -> list[int]:
+        """Ids of these items, in order, which are now as the batch says."""
+        # Looked up before anything is written: an item that changes would otherwise be found
+        # under its new hash with its old embedding.
+        vectors = self._image_vectors(batch)
+        known = {
+            row.file: row.id
+            for row in self._chunked(
+                sa.select(items.c.id, items.c.file).where(items.c.root_id == root_id),
+                items.c.file,
+                [os.fsencode(item.file) for item in batch if item.item_id is None],
             )
-        values = {
-            "root_id": root_id,
-            "file": os.fsencode(item.file),
-            "size": item.size,
-            "mtime_ns": item.mtime_ns,
-            "content_hash": item.content_hash,
-            "width": item.width,
-            "height": item.height,
-            "taken": item.taken.replace(tzinfo=None) if item.taken is not None else None,
-            "status": "ok" if item.failure is None else "failed",
-            # A reason may quote a file name that is not valid text.
-            "reason": item.failure and item.failure.encode("utf-8", "backslashreplace").decode(),
         }
-        item_id = item.item_id if item.item_id is not None else self.item_at(root_id, item.file)
-        if item_id is None:
-            item_id = self._insert(items, **values)
-        else:
-            self._update_item(item_id, values)
-        if vector is None:
-            self._drop_embeddings("image", [item_id])
-        else:
-            self._put_embeddings("image", [item_id], vector[None])
-        self.set_captions(item_id, item.captions, item.caption_embeddings)
-        return item_id
+        ids = [
+            known.get(os.fsencode(item.file)) if item.item_id is None else item.item_id
+            for item in batch
+        ]
+        changed = [item_id for item_id in ids if item_id is not None]
+        self._drop_embeddings("image", changed)
+        self._drop_captions(changed)
+        added = []
+        for item_id, item in zip(ids, batch, strict=True):
+            values = _item_values(root_id, item)
+            if item_id is None:
+                added.append(values)
+            else:
+                self._update_item(item_id, values)
+        fresh = iter(self._insert_many(items, added))
+        whole = [item_id if item_id is not None else next(fresh) for item_id in ids]
+        images = [(item_id, v) for item_id, v in zip(whole, vectors, strict=True) if v is not None]
+        self._put_embeddings("image", images)
+        self._put_captions(
+            (item_id, item.captions, item.caption_embeddings)
+            for item_id, item in zip(whole, batch, strict=True)
+        )
+        return whole
 
-    def _same_content(self, item: ItemWrite) -> Vectors:
-        assert item.content_hash is not None
-        source = self.find_by_hash([item.content_hash]).get(item.content_hash)
-        if source is None:
-            raise InvalidRowsError(
-                f"{item.file!r} came without an embedding, and no item has the same content"
-            )
-        return self.embeddings("image", [source])[source]
+    def _image_vectors(self, batch: Sequence[ItemWrite]) -> list[Vectors | None]:
+        """The embedding of each item: its own, or that of the same content; None if it failed."""
+        given = {
+            item.content_hash: item.image_embedding.astype("<f2")
+            for item in batch
+            if item.image_embedding is not None and item.content_hash is not None
+        }
+        wanted = {
+            item.content_hash
+            for item in batch
+            if item.failure is None and item.image_embedding is None
+            if item.content_hash is not None and item.content_hash not in given
+        }
+        sources = self.find_by_hash(wanted)
+        stored = self.embeddings("image", sources.values())
+        given |= {content: stored[item_id] for content, item_id in sources.items()}
+        vectors: list[Vectors | None] = []
+        for item in batch:
+            if item.failure is not None:
+                vectors.append(None)
+            elif item.image_embedding is not None:
+                vectors.append(item.image_embedding.astype("<f2"))
+            elif item.content_hash in given:
+                vectors.append(given[item.content_hash])
+            else:
+                raise InvalidRowsError(
+                    f"{item.file!r} came without an embedding, and no item has the same content"
+                )
+        return vectors
 
     def set_captions(
         self,
@@ -632,17 +670,8 @@ class Transaction(Snapshot):
         vectors: NDArray[np.float32] | None,
     ) -> None:
         """Replace an item's captions; their ids are new ones."""
-        old = self.caption_ids([item_id])
-        self._drop_embeddings("caption", old)
-        self._delete(captions, captions.c.id, old)
-        ids = [
-            self._insert(
-                captions, item_id=item_id, position=position, text=row.text, source=row.source
-            )
-            for position, row in enumerate(rows)
-        ]
-        if vectors is not None and ids:
-            self._put_embeddings("caption", ids, vectors.astype("<f2"))
+        self._drop_captions([item_id])
+        self._put_captions([(item_id, rows, vectors)])
 
     def update_place(self, item_id: int, **values: Any) -> None:
         """Set where an item is (root_id, file) or its size and time stamp."""
@@ -652,8 +681,8 @@ class Transaction(Snapshot):
 
     def remove(self, ids: Collection[int]) -> None:
         """Remove items with their captions and embeddings."""
-        self._drop_embeddings("caption", self.caption_ids(ids))
         self._drop_embeddings("image", ids)
+        self._drop_captions(ids)
         self._delete(items, items.c.id, ids)
 
     def record_index(self, kind: Kind, file: IndexFile | None) -> None:
@@ -661,17 +690,18 @@ class Transaction(Snapshot):
         mine = (index_files.c.kind == kind) & (index_files.c.model_id == self.model_id)
         self._connection.execute(index_files.delete().where(mine))
         if file is not None:
-            self._insert(
-                index_files,
-                kind=kind,
-                model_id=self.model_id,
-                name=file.name,
-                generation=file.generation,
-                change=file.change,
-                rows=file.rows,
-                size_bytes=file.stamp.size_bytes,
-                mtime_ns=file.stamp.mtime_ns,
-                checksum=file.stamp.checksum,
+            self._connection.execute(
+                index_files.insert().values(
+                    kind=kind,
+                    model_id=self.model_id,
+                    name=file.name,
+                    generation=file.generation,
+                    change=file.change,
+                    rows=file.rows,
+                    size_bytes=file.stamp.size_bytes,
+                    mtime_ns=file.stamp.mtime_ns,
+                    checksum=file.stamp.checksum,
+                )
             )
         # The file was made of what is here now, so nothing in it waits to be struck out.
         self._connection.execute(
@@ -687,7 +717,8 @@ class Transaction(Snapshot):
 
     def _insert(self, table: sa.Table, **values: Any) -> int:
         key = self._connection.execute(table.insert().values(**values)).inserted_primary_key
-        return int(key[0]) if key is not None and table.c[0].name == "id" else 0
+        assert key is not None
+        return int(key[0])
 
     def _update_item(self, item_id: int, values: dict[str, Any]) -> None:
         result = self._connection.execute(
@@ -696,21 +727,47 @@ class Transaction(Snapshot):
         if not result.rowcount:
             raise InvalidRowsError(f"there is no item {item_id}")
 
-    def _put_embeddings(self, kind: Kind, ids: Sequence[int], vectors: Vectors) -> None:
-        table = embeddings[kind]
-        self._delete(table, table.c.owner_id, ids, table.c.model_id == self.model_id)
-        self._connection.execute(
-            table.insert(),
-            [
-                {
-                    "owner_id": owner_id,
-                    "model_id": self.model_id,
-                    "change": self.change,
-                    "vector": vector.tobytes(),
-                }
-                for owner_id, vector in zip(ids, vectors, strict=True)
-            ],
-        )
+    def _insert_many(self, table: sa.Table, rows: Sequence[dict[str, Any]]) -> list[int]:
+        if not rows:
+            return []
+        statement = table.insert().returning(table.c.id, sort_by_parameter_order=True)
+        return [row.id for row in self._connection.execute(statement, rows)]
+
+    def _put_embeddings(self, kind: Kind, rows: Sequence[tuple[int, Vectors]]) -> None:
+        if rows:
+            self._connection.execute(
+                embeddings[kind].insert(),
+                [
+                    {
+                        "owner_id": owner_id,
+                        "model_id": self.model_id,
+                        "change": self.change,
+                        "vector": vector.tobytes(),
+                    }
+                    for owner_id, vector in rows
+                ],
+            )
+
+    def _put_captions(
+        self,
+        rows: Iterable[tuple[int, Sequence[CaptionRow], NDArray[np.float32] | None]],
+    ) -> None:
+        texts: list[dict[str, Any]] = []
+        vectors: list[Vectors | None] = []
+        for item_id, several, matrix in rows:
+            texts += [
+                {"item_id": item_id, "position": position, "text": row.text, "source": row.source}
+                for position, row in enumerate(several)
+            ]
+            vectors += [None] * len(several) if matrix is None else list(matrix.astype("<f2"))
+        ids = self._insert_many(captions, texts)
+        embedded = [(row_id, v) for row_id, v in zip(ids, vectors, strict=True) if v is not None]
+        self._put_embeddings("caption", embedded)
+
+    def _drop_captions(self, item_ids: Collection[int]) -> None:
+        old = self.caption_ids(item_ids)
+        self._drop_embeddings("caption", old)
+        self._delete(captions, captions.c.id, old)
 
     def _drop_embeddings(self, kind: Kind, ids: Collection[int]) -> None:
         """Delete the embeddings that these ids have, of every model, each with a tombstone."""

@@ -94,7 +94,8 @@ class ItemRow:
 class Match:
     """The best candidates of one query, best first; equal scores are ordered by id.
 
-    ids: (k',) int64, k' = min(k, candidates); never a placeholder. scores: (k',) float32, cosines.
+    ids: (k',) int64, k' = min(k, candidates); never a placeholder. scores: (k',) float32,
+    cosines, up to the float16 rounding of stored vectors: equal ones may score 1.0003.
     """
 
     ids: NDArray[np.int64]

@@ -529,7 +529,7 @@ class Writer:
         for item in items:
             self._check_item(item)
         with self._transaction() as rows:
-            return [rows.write_item(root_id, item) for item in items]
+            return rows.write_items(root_id, items)
 
     def move(self, item_id: int, root_id: int, file: str, size: int, mtime_ns: int) -> None:
         """The item is now at another place, with all that is known of it.

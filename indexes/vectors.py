@@ -8,8 +8,9 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import faiss as _faiss
 import numpy as np
@@ -76,31 +77,40 @@ class VectorIndex:
 
         Raises OSError, after which nothing new is at `path`.
         """
+        beside = path.with_name(path.name + ".tmp")
+        try:
+            with beside.open("wb") as file:
+                checksum = self._write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                status = os.fstat(file.fileno())
+            beside.replace(path)
+        except OSError:
+            with suppress(OSError):  # a full disk must not stay full of our half file
+                beside.unlink()
+            raise
+        _sync_folder(path.parent)
+        return FileStamp(status.st_size, status.st_mtime_ns, checksum)
+
+    def _write(self, file: BinaryIO) -> str:
         digest = xxhash.xxh3_128()
         failure: list[OSError] = []
-        beside = path.with_name(path.name + ".tmp")
-        with beside.open("wb") as file:
 
-            def write(chunk: bytes) -> int:
-                try:
-                    file.write(chunk)
-                except OSError as error:  # FAISS would hide the reason behind its own error
-                    failure.append(error)
-                    return 0
-                digest.update(chunk)
-                return len(chunk)
-
+        def write(chunk: bytes) -> int:
             try:
-                # Through a callback, because FAISS takes only names that are valid text.
-                faiss.write_index(self._keyed, faiss.PyCallbackIOWriter(write))
-            except RuntimeError as error:
-                raise (failure[0] if failure else error) from None
-            file.flush()
-            os.fsync(file.fileno())
-            status = os.fstat(file.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
-        return FileStamp(status.st_size, status.st_mtime_ns, digest.hexdigest())
+                file.write(chunk)
+            except OSError as error:  # FAISS would hide the reason behind its own error
+                failure.append(error)
+                return 0
+            digest.update(chunk)
+            return len(chunk)
+
+        try:
+            # Through a callback, because FAISS takes only names that are valid text.
+            faiss.write_index(self._keyed, faiss.PyCallbackIOWriter(write))
+        except RuntimeError as error:
+            raise (failure[0] if failure else error) from None
+        return digest.hexdigest()
 
     @classmethod
     def load(

@@ -1,0 +1,209 @@
+"""VectorIndex against a full sort, and its file against everything that may happen to a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from indexes import vectors
+from indexes.records import FileStamp, Match
+from indexes.vectors import IndexFileError, VectorIndex, merge
+
+DIM = 16
+
+
+def unit_rows(count: int, seed: int, dim: int = DIM) -> np.ndarray:
+    rows = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def make(rows: np.ndarray, ids: np.ndarray | None = None) -> VectorIndex:
+    ids = np.arange(len(rows), dtype=np.int64) if ids is None else ids
+    return VectorIndex.build(rows.shape[1], [(ids, rows.astype(np.float16))])
+
+
+def full_sort(
+    rows: np.ndarray, ids: np.ndarray, query: np.ndarray, k: int
+) -> tuple[list[int], list[float]]:
+    """The obvious way: every score, sorted by score and then by id."""
+    stored = rows.astype(np.float16).astype(np.float64)
+    scores = (stored * query.astype(np.float64)).sum(axis=1).astype(np.float32)
+    order = sorted(range(len(ids)), key=lambda row: (-scores[row], ids[row]))[:k]
+    return [int(ids[row]) for row in order], [float(scores[row]) for row in order]
+
+
+def as_lists(match: Match) -> tuple[list[int], list[float]]:
+    return match.ids.tolist(), match.scores.tolist()
+
+
+def test_hand_worked_order_and_scores():
+    rows = np.array([[1, 0], [0, 1], [-1, 0], [0.6, 0.8]], dtype=np.float32)
+    index = make(rows, np.array([10, 20, 30, 40]))
+    [match] = index.search(np.array([[0, 1]], dtype=np.float32), 3)
+    assert match.ids.tolist() == [20, 40, 10]
+    # 0.8 as float16 is 0.7998046875
+    assert match.scores.tolist() == [1.0, 0.7998046875, 0.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 400])
+def test_more_wanted_than_there_are_gives_all_and_no_placeholder(count):
+    index = make(unit_rows(count, 1))
+    for match in index.search(unit_rows(3, 2), 500):
+        assert sorted(match.ids.tolist()) == list(range(count))
+
+
+def test_ids_that_do_not_ascend_are_our_mistake():
+    with pytest.raises(AssertionError):
+        make(unit_rows(2, 1), np.array([2, 1]))
+
+
+@pytest.mark.parametrize("k", [1, 7, 250, 599, 601])
+def test_equal_vectors_are_ordered_by_id_even_when_more_than_faiss_fetched(k):
+    rows = unit_rows(1500, 3)
+    rows[200:800] = rows[200]
+    ids = np.arange(1500) * 3 + 1
+    queries = np.stack([rows[200], unit_rows(1, 4)[0]])
+    found = make(rows, ids).search(queries, k)
+    for query, match in zip(queries, found, strict=True):
+        assert as_lists(match) == full_sort(rows, ids, query, k)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(0, 700),
+    k=st.integers(1, 40),
+    share=st.sampled_from([0.0, 0.01, 0.5, 0.99, 1.0]),
+    levels=st.sampled_from([1, 2, 1000]),
+    seed=st.integers(0, 10_000),
+)
+def test_search_agrees_with_a_full_sort(count, k, share, levels, seed):
+    """`levels` of 1 or 2 make many exact ties; `share` of the rows may be returned."""
+    generator = np.random.default_rng(seed)
+    rows = np.round(generator.standard_normal((count, DIM)) * levels) + 0.5
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    ids = np.cumsum(generator.integers(1, 5, count)).astype(np.int64)
+    allowed = generator.random(count) < share
+    queries = unit_rows(3, seed + 1)
+    index = make(rows, ids)
+    for query, match in zip(queries, index.search(queries, k, allowed=allowed), strict=True):
+        assert as_lists(match) == full_sort(rows[allowed], ids[allowed], query, k)
+    for query, match in zip(queries, index.search(queries, k), strict=True):
+        assert as_lists(match) == full_sort(rows, ids, query, k)
+
+
+def test_a_score_depends_on_neither_the_batch_nor_the_way_it_was_found(monkeypatch):
+    index, queries = make(unit_rows(2000, 5)), unit_rows(40, 6)
+    together = index.search(queries, 5)
+    one_by_one = [index.search(query[None], 5)[0] for query in queries]
+    monkeypatch.setattr(vectors, "SMALL", 10_000)
+    without_faiss = index.search(queries, 5)
+    assert list(map(as_lists, together)) == list(map(as_lists, one_by_one))
+    assert list(map(as_lists, together)) == list(map(as_lists, without_faiss))
+
+
+def test_merge_keeps_the_order_over_parts():
+    first = Match(np.array([5, 9]), np.array([0.5, 0.25], dtype=np.float32))
+    second = Match(np.array([2, 7]), np.array([0.5, 0.375], dtype=np.float32))
+    assert merge([first, second], 3).ids.tolist() == [2, 5, 7]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, FileStamp]:
+    path = tmp_path / os.fsdecode(b"na\xffme.faiss")
+    return path, make(unit_rows(1000, 7), np.arange(1000) * 2).save(path)
+
+
+def load(saved: tuple[Path, FileStamp], *, full: bool = False) -> VectorIndex:
+    return VectorIndex.load(saved[0], dim=DIM, rows=1000, stamp=saved[1], full=full)
+
+
+def test_a_saved_index_answers_the_same_under_any_file_name(saved):
+    index, queries = load(saved, full=True), unit_rows(4, 8)
+    expected = make(unit_rows(1000, 7), np.arange(1000) * 2).search(queries, 20)
+    assert list(map(as_lists, index.search(queries, 20))) == list(map(as_lists, expected))
+    assert [entry.name for entry in saved[0].parent.iterdir()] == [saved[0].name]
+
+
+def test_an_open_index_outlives_its_file(saved):
+    index = load(saved)
+    saved[0].unlink()
+    assert index.search(unit_rows(1000, 7)[3:4], 1)[0].ids.tolist() == [6]
+
+
+@pytest.mark.parametrize("size", [0, 1, 60, 100, 4096, 40_000])
+def test_a_truncated_file_is_refused(saved, size):
+    os.truncate(saved[0], size)
+    with pytest.raises(IndexFileError, match="bytes"):
+        load(saved)
+
+
+def test_a_missing_file_is_refused(saved):
+    saved[0].unlink()
+    with pytest.raises(IndexFileError, match="cannot be read"):
+        load(saved)
+
+
+@pytest.mark.parametrize("place", [0, 5, 100, 20_000, -1])
+def test_a_changed_byte_is_noticed(saved, place):
+    content = bytearray(saved[0].read_bytes())
+    content[place] ^= 1
+    saved[0].write_bytes(content)
+    with pytest.raises(IndexFileError, match="checksum"):
+        load(saved)
+
+
+def test_a_change_behind_the_file_system_is_noticed_by_the_full_check(saved):
+    content = bytearray(saved[0].read_bytes())
+    content[20_000] ^= 1
+    saved[0].write_bytes(content)
+    os.utime(saved[0], ns=(saved[1].mtime_ns, saved[1].mtime_ns))
+    assert len(load(saved)) == 1000
+    with pytest.raises(IndexFileError, match="checksum"):
+        load(saved, full=True)
+
+
+def test_a_copy_with_another_time_stamp_is_believed_by_its_checksum(saved):
+    os.utime(saved[0], ns=(1, 1))
+    assert len(load(saved)) == 1000
+
+
+def test_a_file_of_another_library_is_refused(saved, tmp_path):
+    make(unit_rows(1000, 9), np.arange(1000) * 2).save(tmp_path / "other")
+    (tmp_path / "other").replace(saved[0])
+    with pytest.raises(IndexFileError, match="checksum"):
+        load(saved)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 40_126, b"IxMp" * 10_000, b"junk"])
+def test_what_faiss_cannot_read_is_refused_even_if_it_is_what_was_recorded(saved, content):
+    saved[0].write_bytes(content)
+    status = saved[0].stat()
+    stamp = FileStamp(status.st_size, status.st_mtime_ns, "")
+    with pytest.raises(IndexFileError):
+        load((saved[0], stamp))
+
+
+def test_another_kind_of_faiss_index_is_refused(saved):
+    flat = faiss.IndexFlatIP(DIM)
+    flat.add(unit_rows(1000, 7))
+    saved[0].write_bytes(faiss.serialize_index(flat).tobytes())
+    status = saved[0].stat()
+    with pytest.raises(IndexFileError):
+        load((saved[0], FileStamp(status.st_size, status.st_mtime_ns, "")))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' always full device")
+def test_a_full_disk_is_told_as_such_and_leaves_the_old_file(saved):
+    before = saved[0].read_bytes()
+    beside = saved[0].with_name(saved[0].name + ".tmp")
+    beside.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        make(unit_rows(1000, 9)).save(saved[0])
+    assert saved[0].read_bytes() == before
+    assert not beside.is_symlink()
