@@ -55,8 +55,9 @@ class ToyEncoder:
 
 def _mean_colour(image: Image.Image | Path | np.ndarray) -> np.ndarray:
     if isinstance(image, Path):
-        with Image.open(image) as opened:
-            image = opened.convert("RGB")
+        from retriever.data import read_image
+
+        image = read_image(image).image
     pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
     return pixels.reshape(-1, 3).mean(axis=0)
 

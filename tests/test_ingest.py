@@ -1,0 +1,642 @@
+"""Indexing a folder: what is read, what is saved, what is reported, and what survives."""
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import COLOURS, ToyEncoder, paint
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from PIL import Image
+
+from indexes.errors import StoreLockedError
+from indexes.store import CaptionRow, ItemRow, ModelSpec, Store
+from retriever import ingest
+from retriever.errors import CaptionError, RetrieverError, UsageError
+from retriever.ingest import Failure, IndexReport, index_folder
+
+Index = Callable[..., IndexReport]
+
+
+@pytest.fixture
+def index(fresh_store: Store, toy_encoder: ToyEncoder) -> Index:
+    def run(folder: Path, **options: Any) -> IndexReport:
+        return index_folder(fresh_store, lambda: toy_encoder, folder, **options)
+
+    return run
+
+
+def items_of(store: Store) -> dict[str, ItemRow]:
+    known = (one for root_id, _ in store.roots() for one in store.known_files(root_id).values())
+    return {str(item.path): item for item in store.items([one.item_id for one in known])}
+
+
+def embedding_of(store: Store, path: Path) -> np.ndarray:
+    return store.embeddings("image", [items_of(store)[str(path)].item_id])[0]
+
+
+def texts_of(store: Store, path: Path) -> list[str]:
+    return [caption.text for caption in items_of(store)[str(path)].captions]
+
+
+def touch(path: Path) -> None:
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
+
+
+def no_encoder() -> ToyEncoder:
+    raise AssertionError("nothing had to be encoded")
+
+
+# ── What a run does to a library ─────────────────────────────────────────────────────────────────
+
+
+def test_new_pictures_are_added_with_captions_size_and_embeddings(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    assert index(tiny_pairs) == IndexReport(added=5)
+    item = items_of(fresh_store)[str(tiny_pairs / "red.png")]
+    assert (item.width, item.height, item.status) == (8, 8, "ok")
+    assert item.captions == (
+        CaptionRow("a red square", "sidecar"),
+        CaptionRow("all red, nothing else", "sidecar"),
+    )
+    assert embedding_of(fresh_store, tiny_pairs / "red.png") == pytest.approx([1, 0, 0, 0])
+    ids = fresh_store.caption_ids(item.item_id)
+    assert fresh_store.embeddings("caption", ids) == pytest.approx(np.array([[1, 0, 0, 0]] * 2))
+    assert fresh_store.verify() == []
+
+
+def test_a_second_run_reads_no_picture_and_needs_no_encoder(
+    index: Index, fresh_store: Store, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index(tiny_pairs)
+    monkeypatch.setattr(ingest, "content_hash", no_encoder)
+    calls: list[tuple[int, int]] = []
+    report = index_folder(
+        fresh_store, no_encoder, tiny_pairs, progress=lambda *call: calls.append(call)
+    )
+    assert report == IndexReport(unchanged=5)
+    assert calls == []
+
+
+def test_a_new_time_stamp_on_equal_content_keeps_the_embeddings(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    index(tiny_pairs)
+    touch(tiny_pairs / "red.png")
+    assert index_folder(fresh_store, no_encoder, tiny_pairs) == IndexReport(unchanged=5)
+    stored = items_of(fresh_store)[str(tiny_pairs / "red.png")].mtime_ns
+    assert stored == (tiny_pairs / "red.png").stat().st_mtime_ns
+
+
+def test_other_content_is_encoded_again(
+    index: Index, fresh_store: Store, tiny_pairs: Path, toy_encoder: ToyEncoder
+) -> None:
+    index(tiny_pairs)
+    paint(tiny_pairs / "red.png", "cyan", side=9)
+    toy_encoder.images_seen = 0
+    assert index(tiny_pairs) == IndexReport(updated=1, unchanged=4)
+    assert toy_encoder.images_seen == 1
+    expected = np.array([0, 1, 1, 0]) / np.sqrt(2)
+    assert embedding_of(fresh_store, tiny_pairs / "red.png") == pytest.approx(expected, abs=1e-3)
+
+
+def test_edited_captions_are_picked_up_without_encoding_the_picture(
+    index: Index, fresh_store: Store, tiny_pairs: Path, toy_encoder: ToyEncoder
+) -> None:
+    index(tiny_pairs)
+    (tiny_pairs / "red.txt").write_text("a cyan surprise\n")
+    (tiny_pairs / "green.txt").unlink()
+    toy_encoder.images_seen = 0
+    assert index(tiny_pairs) == IndexReport(updated=2, unchanged=3)
+    assert toy_encoder.images_seen == 0
+    assert texts_of(fresh_store, tiny_pairs / "red.png") == ["a cyan surprise"]
+    assert texts_of(fresh_store, tiny_pairs / "green.png") == []
+    assert fresh_store.verify() == []
+
+
+def test_descriptions_inside_a_picture_come_after_those_beside_it_and_stay(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "p/described.jpg"
+    path.parent.mkdir()
+    exif = Image.Exif()
+    exif[0x010E] = "blue in the file"
+    Image.new("RGB", (8, 8), "blue").save(path, exif=exif)
+    sidecar = path.with_suffix(".txt")
+    sidecar.write_text("blue beside the file\n")
+    index(path.parent)
+    assert texts_of(fresh_store, path) == ["blue beside the file", "blue in the file"]
+    sidecar.write_text("another\n")
+    assert index(path.parent).updated == 1
+    assert texts_of(fresh_store, path) == ["another", "blue in the file"]
+    shutil.copyfile(path, path.with_name("copy.jpg"))
+    assert index(path.parent).added == 1
+    assert texts_of(fresh_store, path.with_name("copy.jpg")) == ["blue in the file"]
+
+
+def test_a_renamed_picture_keeps_its_id_and_its_embedding(
+    index: Index, fresh_store: Store, tiny_pairs: Path, toy_encoder: ToyEncoder
+) -> None:
+    index(tiny_pairs)
+    before = items_of(fresh_store)[str(tiny_pairs / "red.png")].item_id
+    (tiny_pairs / "red.png").rename(tiny_pairs / "more/crimson.png")
+    toy_encoder.images_seen = 0
+    assert index(tiny_pairs) == IndexReport(moved=1, unchanged=4)
+    assert toy_encoder.images_seen == 0
+    item = items_of(fresh_store)[str(tiny_pairs / "more/crimson.png")]
+    assert item.item_id == before
+    assert item.captions == ()  # its captions lie beside the old name
+    assert str(tiny_pairs / "red.png") not in items_of(fresh_store)
+
+
+def test_pictures_that_swap_names_swap_embeddings(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    index(tiny_pairs)
+    red, green, aside = (tiny_pairs / name for name in ("red.png", "green.png", "aside"))
+    red.rename(aside)
+    green.rename(red)
+    aside.rename(green)
+    # Both files have one size, and perhaps one time stamp: equal stats would mean "unchanged".
+    touch(red)
+    touch(green)
+    touch(green)
+    assert index_folder(fresh_store, ToyEncoder, tiny_pairs) == IndexReport(updated=2, unchanged=3)
+    assert embedding_of(fresh_store, red) == pytest.approx([0, 1, 0, 0])
+    assert embedding_of(fresh_store, green) == pytest.approx([1, 0, 0, 0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_copies_are_items_of_their_own_and_are_encoded_once(
+    fresh_store: Store, toy_encoder: ToyEncoder, tmp_path: Path, batch_size: int
+) -> None:
+    original = paint(tmp_path / "p/a.png", "red")
+    for name in "bcdef":
+        shutil.copyfile(original, tmp_path / f"p/{name}.png")
+    report = index_folder(fresh_store, lambda: toy_encoder, tmp_path / "p", batch_size=batch_size)
+    assert report == IndexReport(added=6)
+    assert toy_encoder.images_seen == 1
+    match = fresh_store.search("image", toy_encoder.encode_texts(["red"]), 10)[0]
+    assert len(match.ids) == 6
+
+
+def test_a_copy_outlives_its_original(index: Index, fresh_store: Store, tmp_path: Path) -> None:
+    original = paint(tmp_path / "p/a.png", "red")
+    shutil.copyfile(original, tmp_path / "p/b.png")
+    index(tmp_path / "p")
+    original.unlink()
+    assert index(tmp_path / "p") == IndexReport(removed=1, unchanged=1)
+    assert embedding_of(fresh_store, tmp_path / "p/b.png") == pytest.approx([1, 0, 0, 0])
+
+
+def test_deleted_pictures_are_removed(index: Index, fresh_store: Store, tiny_pairs: Path) -> None:
+    index(tiny_pairs)
+    (tiny_pairs / "red.png").unlink()
+    shutil.rmtree(tiny_pairs / "more")
+    assert index(tiny_pairs) == IndexReport(removed=2, unchanged=3)
+    assert len(items_of(fresh_store)) == 3
+
+
+# ── Folders: missing, empty, unreadable, overlapping ─────────────────────────────────────────────
+
+
+def test_a_folder_that_is_missing_or_a_file_is_refused(index: Index, tiny_pairs: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        index(tiny_pairs / "nowhere")
+    with pytest.raises(UsageError, match="no folder"):
+        index(tiny_pairs / "red.png")
+
+
+def test_a_folder_without_pictures_leaves_no_trace(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert index(tmp_path / "empty") == IndexReport()
+    assert fresh_store.roots() == []
+
+
+@pytest.mark.parametrize("part", [".", "more"])
+def test_an_emptied_folder_is_reported_and_nothing_is_removed(
+    index: Index, fresh_store: Store, tiny_pairs: Path, part: str
+) -> None:
+    index(tiny_pairs)
+    shutil.rmtree(tiny_pairs / part)
+    (tiny_pairs / part).mkdir()
+    with pytest.raises(RetrieverError, match="nothing was removed"):
+        index(tiny_pairs / part)
+    assert len(items_of(fresh_store)) == 5
+
+
+def test_pictures_in_a_folder_that_cannot_be_listed_are_kept(
+    index: Index, fresh_store: Store, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index(tiny_pairs)
+    (tiny_pairs / "red.png").unlink()
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == tiny_pairs / "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    report = index(tiny_pairs)
+    assert (report.removed, report.unchanged) == (1, 3)
+    assert any("more" in problem for problem in report.problems)
+    assert str(tiny_pairs / "more/yellow.png") in items_of(fresh_store)
+
+
+def test_a_folder_inside_a_root_is_indexed_as_that_part_of_it(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    index(tiny_pairs)
+    (tiny_pairs / "red.png").unlink()
+    paint(tiny_pairs / "more/cyan.png", "cyan")
+    paint(tiny_pairs / "elsewhere.png", "magenta")
+    assert index(tiny_pairs / "more") == IndexReport(added=1, unchanged=1)
+    assert [path for _, path in fresh_store.roots()] == [tiny_pairs]
+    assert str(tiny_pairs / "red.png") in items_of(fresh_store)  # that part was not asked for
+    assert index(tiny_pairs) == IndexReport(added=1, removed=1, unchanged=5)
+
+
+def test_a_folder_around_earlier_roots_takes_their_items_over(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    index(tiny_pairs / "more")
+    before = items_of(fresh_store)[str(tiny_pairs / "more/yellow.png")].item_id
+    assert index(tiny_pairs) == IndexReport(added=4, unchanged=1)
+    items = items_of(fresh_store)
+    assert len(items) == 5
+    assert items[str(tiny_pairs / "more/yellow.png")].item_id == before
+    assert items[str(tiny_pairs / "more/yellow.png")].root == tiny_pairs
+    assert index(tiny_pairs / "more") == IndexReport(unchanged=1)
+
+
+def test_two_roots_live_side_by_side_and_share_content(
+    index: Index, fresh_store: Store, tiny_pairs: Path, tmp_path: Path, toy_encoder: ToyEncoder
+) -> None:
+    index(tiny_pairs)
+    shutil.copytree(tiny_pairs, tmp_path / "backup")
+    toy_encoder.images_seen = 0
+    assert index(tmp_path / "backup") == IndexReport(added=5)
+    assert toy_encoder.images_seen == 0
+    assert len(items_of(fresh_store)) == 10
+
+
+def test_a_link_to_a_root_is_that_root(index: Index, tiny_pairs: Path, tmp_path: Path) -> None:
+    index(tiny_pairs)
+    (tmp_path / "link").symlink_to(tiny_pairs)
+    assert index(tmp_path / "link") == IndexReport(unchanged=5)
+
+
+# ── Captions files ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_captions_given_once_stay_until_another_file_is_given(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    picture = paint(tmp_path / "p/a.png", "red")
+    given = tmp_path / "captions.jsonl"
+    given.write_text('{"file": "a.png", "caption": "red, by hand"}\n')
+    index(tmp_path / "p", captions=given)
+    (caption,) = items_of(fresh_store)[str(picture)].captions
+    assert caption == CaptionRow("red, by hand", "given: captions.jsonl")
+    assert index(tmp_path / "p") == IndexReport(unchanged=1)
+    picture.rename(picture.with_name("b.png"))
+    assert index(tmp_path / "p") == IndexReport(moved=1)
+    assert texts_of(fresh_store, picture.with_name("b.png")) == ["red, by hand"]
+    given.write_text('{"file": "b.png", "caption": "red, by eye"}\n')
+    assert index(tmp_path / "p", captions=given) == IndexReport(updated=1)
+    assert texts_of(fresh_store, picture.with_name("b.png")) == ["red, by eye"]
+
+
+def test_a_captions_file_that_cannot_be_read_stops_before_anything_is_done(
+    index: Index, fresh_store: Store, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CaptionError, match=r"absent\.json"):
+        index(tiny_pairs, captions=tmp_path / "absent.json")
+    assert items_of(fresh_store) == {}
+
+
+# ── Failures ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_broken_picture_is_named_and_harms_no_other(
+    index: Index, fresh_store: Store, tiny_pairs: Path, batch_size: int
+) -> None:
+    for name in ("broken.png", "copy.png", "more/again.png"):
+        (tiny_pairs / name).write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    report = index(tiny_pairs, batch_size=batch_size)
+    assert report.added == 5
+    assert [failure.path.name for failure in report.failed] == [
+        "broken.png",
+        "copy.png",
+        "again.png",
+    ]
+    assert all(one.reason and str(tiny_pairs) not in one.reason for one in report.failed)
+    assert {item.path.name for item in fresh_store.failures()} == {
+        failure.path.name for failure in report.failed
+    }
+    assert embedding_of(fresh_store, tiny_pairs / "red.png") == pytest.approx([1, 0, 0, 0])
+    assert fresh_store.verify() == []
+
+
+def test_a_failure_is_told_again_but_read_again_only_when_the_file_changes(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    broken = tiny_pairs / "red.png"
+    broken.write_bytes(b"broken")
+    first = index(tiny_pairs)
+    second = index_folder(fresh_store, no_encoder, tiny_pairs)
+    assert second == IndexReport(unchanged=4, failed=first.failed)
+    paint(broken, "red")
+    assert index(tiny_pairs) == IndexReport(updated=1, unchanged=4)
+    assert fresh_store.failures() == []
+    assert texts_of(fresh_store, broken) == ["a red square", "all red, nothing else"]
+
+
+def test_a_picture_that_breaks_is_no_longer_found(
+    index: Index, fresh_store: Store, tiny_pairs: Path, toy_encoder: ToyEncoder
+) -> None:
+    index(tiny_pairs)
+    (tiny_pairs / "red.png").write_bytes(b"overwritten")
+    report = index(tiny_pairs)
+    assert (report.unchanged, len(report.failed)) == (4, 1)
+    match = fresh_store.search("image", toy_encoder.encode_texts(["red"]), 10)[0]
+    assert len(match.ids) == 4
+
+
+@pytest.mark.parametrize("moment", ["content_hash", "read_image"])
+def test_a_picture_that_vanishes_after_the_listing_is_a_named_failure(
+    index: Index, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    real = getattr(ingest, moment)
+
+    def vanish(path: Path, **options: Any) -> Any:
+        if path.name == "green.png":
+            path.unlink(missing_ok=True)
+        return real(path, **options)
+
+    monkeypatch.setattr(ingest, moment, vanish)
+    report = index(tiny_pairs)
+    assert report.added == 4
+    assert [failure.path for failure in report.failed] == [tiny_pairs / "green.png"]
+    assert report.failed[0].reason
+    monkeypatch.undo()
+    assert index(tiny_pairs) == IndexReport(removed=1, unchanged=4)
+
+
+def test_bytes_that_could_not_be_read_at_all_are_tried_again(
+    index: Index, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(ingest, "content_hash", refuse)
+    report = index(tiny_pairs)
+    assert Failure(tiny_pairs / "red.png", "cannot be read: Permission denied") in report.failed
+    monkeypatch.undo()
+    assert index(tiny_pairs) == IndexReport(updated=5)
+
+
+def test_a_file_name_that_is_no_text_round_trips(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path / "p") + b"/caf\xe9.png"))
+    try:
+        paint(path, "red")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    assert index(path.parent) == IndexReport(added=1)
+    assert list(items_of(fresh_store)) == [str(path)]
+    assert index(path.parent) == IndexReport(unchanged=1)
+
+
+# ── Interruption, progress, memory ───────────────────────────────────────────────────────────────
+
+
+def many(folder: Path, count: int) -> Path:
+    for number in range(count):
+        paint(folder / f"{number:03d}.png", "red", side=number + 1)
+    return folder
+
+
+def test_progress_counts_what_needs_work_and_ends_with_all_of_it(
+    index: Index, tmp_path: Path
+) -> None:
+    calls: list[tuple[int, int]] = []
+    index(many(tmp_path / "p", 7), batch_size=3, progress=lambda *call: calls.append(call))
+    assert calls == [(0, 7), (3, 7), (6, 7), (7, 7)]
+
+
+def test_an_interrupted_run_keeps_its_batches_and_the_next_goes_on(
+    index: Index, fresh_store: Store, tmp_path: Path, toy_encoder: ToyEncoder
+) -> None:
+    folder = many(tmp_path / "p", 10)
+
+    def interrupt(done: int, total: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index(folder, batch_size=2, progress=interrupt)
+    assert len(items_of(fresh_store)) == 4
+    assert fresh_store.verify() == []
+    assert threading.active_count() == 1  # nobody decodes on
+    with fresh_store.writer():
+        pass  # the lock was released
+    toy_encoder.images_seen = 0
+    assert index(folder) == IndexReport(added=6, unchanged=4)
+    assert toy_encoder.images_seen == 6
+
+
+def test_an_encoder_that_fails_leaves_whole_batches_only(
+    fresh_store: Store, tmp_path: Path
+) -> None:
+    class Failing(ToyEncoder):
+        def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+            if self.images_seen >= 4:
+                raise RuntimeError("out of memory")
+            return super().encode_images(images)
+
+    failing = Failing()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        index_folder(fresh_store, lambda: failing, many(tmp_path / "p", 10), batch_size=2)
+    assert len(items_of(fresh_store)) == 4
+    assert fresh_store.verify() == []
+
+
+def test_one_run_at_a_time(index: Index, fresh_store: Store, tiny_pairs: Path) -> None:
+    with fresh_store.writer(), pytest.raises(StoreLockedError):
+        index(tiny_pairs)
+
+
+def test_no_more_than_a_window_of_pictures_is_decoded_ahead(
+    fresh_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_size, decoded, ahead = 2, [0], []
+    read = ingest.read_image
+
+    def counting(path: Path, **options: Any) -> Any:
+        decoded[0] += 1
+        return read(path, **options)
+
+    class Watching(ToyEncoder):
+        def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+            ahead.append(decoded[0] - self.images_seen)
+            return super().encode_images(images)
+
+    monkeypatch.setattr(ingest, "read_image", counting)
+    watching = Watching()
+    index_folder(fresh_store, lambda: watching, many(tmp_path / "p", 40), batch_size=batch_size)
+    assert max(ahead) <= ingest.WINDOW * batch_size
+
+
+def test_large_pictures_reach_the_encoder_small(fresh_store: Store, tmp_path: Path) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    class Watching(ToyEncoder):
+        def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+            sizes.extend(image.size for image in images)
+            return super().encode_images(images)
+
+    paint(tmp_path / "p/large.png", "red", side=600)
+    watching = Watching()
+    index_folder(fresh_store, lambda: watching, tmp_path / "p")
+    ((side, _),) = sizes
+    assert 2 * watching.image_size <= side < 4 * watching.image_size
+    (item,) = items_of(fresh_store).values()
+    assert (item.width, item.height) == (600, 600)
+
+
+# ── Whatever happened to the folder, the library equals a fresh index of it ──────────────────────
+
+FILES = ["a.png", "b.png", "sub/c.png", "sub/d.png", "other/e.png"]
+TEXTS = ["red", "a blue one\nand green", "nothing in particular", ""]
+
+files = st.sampled_from(FILES)
+
+
+class FolderMachine(RuleBasedStateMachine):
+    """Edits a folder at random; after every run the store is compared with a new one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = 1_000_000_000_000_000_000
+        self.home = Path(self.make_home())
+        self.folder = self.home / "pictures"
+        self.folder.mkdir()
+        self.count = 0
+        self.store = self.new_store()
+
+    @staticmethod
+    def make_home() -> str:
+        import tempfile
+
+        return tempfile.mkdtemp(prefix="retriever-test-")
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.home)
+
+    def new_store(self) -> Store:
+        self.count += 1
+        model = ModelSpec("toy", ToyEncoder.dim, "toy-1")
+        return Store.create(self.home / f"{self.count}.lib", model)
+
+    def stamp(self, path: Path) -> None:
+        # A file changed twice within the clock's resolution would look unchanged.
+        self.clock += 1_000_000_000
+        os.utime(path, ns=(self.clock, self.clock))
+
+    @rule(file=files, colour=st.sampled_from(sorted(COLOURS)), side=st.integers(1, 2))
+    def paint(self, file: str, colour: str, side: int) -> None:
+        self.stamp(paint(self.folder / file, colour, side=side))
+
+    @rule(file=files)
+    def spoil(self, file: str) -> None:
+        path = self.folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"spoilt")
+        self.stamp(path)
+
+    @rule(file=files, text=st.sampled_from(TEXTS))
+    def describe(self, file: str, text: str) -> None:
+        path = (self.folder / file).with_suffix(".txt")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+    @rule(source=files, place=files, copy=st.booleans())
+    def rename_or_copy(self, source: str, place: str, copy: bool) -> None:
+        path = self.folder / source
+        if source == place or not path.exists():
+            return
+        (self.folder / place).parent.mkdir(exist_ok=True)
+        if copy:
+            shutil.copyfile(path, self.folder / place)
+            self.stamp(self.folder / place)
+        else:
+            path.rename(self.folder / place)
+
+    @rule(file=files)
+    def touch(self, file: str) -> None:
+        if (self.folder / file).exists():
+            self.stamp(self.folder / file)
+
+    @rule(file=files)
+    def delete(self, file: str) -> None:
+        (self.folder / file).unlink(missing_ok=True)
+
+    def has_pictures(self, part: str = "") -> bool:
+        return any(file.startswith(part) and (self.folder / file).exists() for file in FILES)
+
+    @precondition(lambda self: self.has_pictures("sub/"))
+    @rule()
+    def index_a_part(self) -> None:
+        index_folder(self.store, ToyEncoder, self.folder / "sub", batch_size=2)
+
+    @precondition(lambda self: self.has_pictures())
+    @rule(batch_size=st.sampled_from([1, 2, 64]))
+    def index(self, batch_size: int) -> None:
+        report = index_folder(self.store, ToyEncoder, self.folder, batch_size=batch_size)
+        with self.new_store() as fresh:
+            expected = index_folder(fresh, ToyEncoder, self.folder)
+            assert contents(self.store) == contents(fresh)
+        listed = report.added + report.updated + report.moved + report.unchanged
+        assert listed == expected.added
+        assert set(report.failed) == set(expected.failed)
+
+    @invariant()
+    def nothing_is_damaged(self) -> None:
+        assert self.store.verify() == []
+
+
+def contents(store: Store) -> dict[str, Any]:
+    """All that a store knows but its ids, by path."""
+
+    def rows(item: ItemRow) -> Iterator[Any]:
+        yield item.size, item.mtime_ns, item.content_hash, item.width, item.height
+        yield item.status, item.reason, item.captions
+        if item.status == "ok":
+            yield store.embeddings("image", [item.item_id]).tolist()
+            yield store.embeddings("caption", store.caption_ids(item.item_id)).tolist()
+
+    return {path: list(rows(item)) for path, item in items_of(store).items()}
+
+
+TestFolder = FolderMachine.TestCase
+TestFolder.settings = settings(
+    max_examples=25,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
