@@ -1,0 +1,172 @@
+"""The public class: the lines that a user writes, and what it promises about its encoder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ToyEncoder, paint
+from PIL import Image
+
+from indexes.errors import StoreExistsError, StoreNotFoundError, WrongModelError
+from retriever.errors import EncoderError, UsageError
+from retriever.library import Library
+
+
+@pytest.fixture
+def library(tmp_path: Path, tiny_pairs: Path, toy_encoder: ToyEncoder) -> Library:
+    library = Library.create(tmp_path / "photos.lib", encoder=toy_encoder)
+    library.index(tiny_pairs)
+    return library
+
+
+def test_the_lines_of_the_readme_run_as_written(
+    tmp_path: Path, tiny_pairs: Path, toy_encoder: ToyEncoder
+) -> None:
+    Library.create(tmp_path / "photos.lib", encoder=toy_encoder).close()
+    library = Library.open(tmp_path / "photos.lib", toy_encoder)
+    report = library.index(str(tiny_pairs))
+    assert (report.added, report.updated, report.moved, report.removed) == (5, 0, 0, 0)
+    assert (report.unchanged, report.failed) == (0, ())
+    for hit in library.search("a red square", k=1):
+        assert (hit.path, hit.caption) == (tiny_pairs / "red.png", "a red square")
+        assert hit.score == pytest.approx(1, abs=2e-3)
+    assert library.search(image=str(tiny_pairs / "blue.png"))[0].path.name == "blue.png"
+    hits = library.captions_for(tiny_pairs / "blue.png", k=5)
+    assert len(hits) == 5
+    assert {hit.caption for hit in hits[:2]} == {"a blue square", "the deep blue"}
+    library.close()
+
+
+def test_text_and_picture_are_weighted(library: Library) -> None:
+    red = Image.new("RGB", (3, 3), (255, 0, 0))
+    assert library.search("green", image=red, k=1)[0].path.stem == "yellow"
+    assert library.search("green", image=red, text_weight=9, k=1)[0].path.stem == "green"
+    assert library.search("green", image=red, image_weight=9, k=1)[0].path.stem == "red"
+
+
+def test_a_search_without_anything_to_search_for_is_refused(library: Library) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        library.search()
+
+
+def test_another_encoder_is_refused_with_both_names(library: Library) -> None:
+    library.close()
+    with pytest.raises(WrongModelError, match="toy"):
+        Library.open(library.path, ToyEncoder(fingerprint="toy-2"))
+
+
+def test_a_changed_model_of_the_same_name_is_refused_when_first_needed(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.close()
+    changed = ToyEncoder(fingerprint="toy-2")
+    monkeypatch.setattr("retriever.encoders.load_encoder", lambda name, device: changed)
+    with Library.open(library.path) as reopened:
+        assert reopened.info()["items"] == 5
+        with pytest.raises(WrongModelError, match="another version of toy"):
+            reopened.search("red")
+
+
+def test_info_verify_remove_and_an_unchanged_folder_need_no_encoder(
+    library: Library, tiny_pairs: Path
+) -> None:
+    library.close()
+    with Library.open(library.path) as reopened:  # no model is called "toy", so none can be loaded
+        assert reopened.info()["captions"] == 6
+        assert reopened.verify() == []
+        assert reopened.index(tiny_pairs).unchanged == 5
+        assert reopened.remove(tiny_pairs / "red.png") == 1
+        reopened.rebuild()
+        assert reopened.verify() == []
+        with pytest.raises(EncoderError, match="toy"):
+            reopened.search("red")
+
+
+def test_create_refuses_a_library_that_exists_and_open_one_that_does_not(
+    library: Library, tmp_path: Path, toy_encoder: ToyEncoder
+) -> None:
+    with pytest.raises(StoreExistsError):
+        Library.create(library.path, toy_encoder)
+    with pytest.raises(StoreNotFoundError):
+        Library.open(tmp_path / "absent.lib")
+
+
+def test_a_removed_picture_is_never_returned_and_comes_back_when_indexed(
+    library: Library, tiny_pairs: Path
+) -> None:
+    assert library.remove([tiny_pairs / "red.png"]) == 1
+    assert "red" not in [hit.path.stem for hit in library.search("red", k=100)]
+    assert "a red square" not in [
+        hit.caption for hit in library.captions_for(tiny_pairs / "red.png")
+    ]
+    assert library.index(tiny_pairs).added == 1
+    assert library.search("red", k=1)[0].path.stem == "red"
+
+
+def test_removing_a_folder_forgets_all_in_it(library: Library, tiny_pairs: Path) -> None:
+    (tiny_pairs / "more.png").write_bytes((tiny_pairs / "red.png").read_bytes())
+    library.index(tiny_pairs)
+    assert library.remove(tiny_pairs / "more") == 1
+    assert library.remove(tiny_pairs) == 5
+    assert library.info()["items"] == 0
+
+
+def test_files_that_are_gone_can_be_removed_by_their_former_path(
+    library: Library, tiny_pairs: Path
+) -> None:
+    (tiny_pairs / "more/yellow.png").unlink()
+    assert library.remove(tiny_pairs / "more/yellow.png") == 1
+
+
+def test_an_unknown_path_is_named_and_nothing_is_removed(
+    library: Library, tiny_pairs: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"nothing\.png"):
+        library.remove([tiny_pairs / "red.png", tiny_pairs / "nothing.png"])
+    assert library.info()["items"] == 5
+
+
+def test_a_library_inside_the_picture_folder_is_not_indexed(
+    tiny_pairs: Path, toy_encoder: ToyEncoder
+) -> None:
+    with Library.create(tiny_pairs / "here.lib", toy_encoder) as library:
+        paint(tiny_pairs / "here.lib/cache/thumbnail.png", "red")
+        assert library.index(tiny_pairs).added == 5
+        assert library.index(tiny_pairs).unchanged == 5
+
+
+def test_failures_are_listed_with_their_reason(library: Library, tiny_pairs: Path) -> None:
+    (tiny_pairs / "broken.png").write_bytes(b"")
+    library.index(tiny_pairs)
+    (failure,) = library.failures()
+    assert failure.path == tiny_pairs / "broken.png"
+    assert failure.reason
+
+
+def test_a_model_in_a_folder_is_found_from_any_directory(
+    tmp_path: Path, toy_encoder: ToyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def load(name: str, device: str) -> ToyEncoder:
+        asked.append(name)
+        return toy_encoder
+
+    monkeypatch.setattr("retriever.encoders.load_encoder", load)
+    (tmp_path / "my.ckpt").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Library.create(tmp_path / "photos.lib", "my.ckpt").close()
+    monkeypatch.chdir("/")
+    with Library.open(tmp_path / "photos.lib") as library:
+        assert library.encoder is toy_encoder
+    assert asked == ["my.ckpt", str(tmp_path / "my.ckpt")]
+
+
+def test_importing_the_library_loads_no_engine() -> None:
+    heavy = "{'torch', 'onnxruntime', 'faiss', 'sqlalchemy', 'tokenizers', 'open_clip', 'PIL'}"
+    code = f"import retriever.library, sys; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
