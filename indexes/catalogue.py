@@ -26,6 +26,7 @@ from indexes.errors import (
     StoreReadOnlyError,
     StoreTooNewError,
 )
+from indexes.locks import may_write
 from indexes.migrations import MIGRATIONS, WORDS
 from indexes.records import (
     CaptionRow,
@@ -173,23 +174,23 @@ class Catalogue:
     @contextmanager
     def read(self) -> Iterator[Snapshot]:
         """One consistent state, whatever others write meanwhile."""
-        with self._translated(), self._engine.connect() as connection, connection.begin():
-            yield Snapshot(connection, self.model_id)
+        with _translated(self.path), self._engine.connect() as connection, connection.begin():
+            yield Snapshot(connection, self.model_id, self.path)
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
         """A transaction, committed when the block ends well and undone when it raises."""
-        with self._translated(), self._engine.connect() as connection:
+        with _translated(self.path), self._engine.connect() as connection:
             connection = connection.execution_options(writes=True)
             with connection.begin():
-                yield Transaction(connection, self.model_id)
+                yield Transaction(connection, self.model_id, self.path)
 
     def migrate(self, *, create: bool = False) -> None:
         """Bring the schema up to date; tables come into an empty database only with `create`.
 
         Raises StoreTooNewError if the schema is ahead of us.
         """
-        with self._translated(), self._engine.connect() as connection:
+        with _translated(self.path), self._engine.connect() as connection:
             applied = _applied_migrations(connection)
         if not applied and not create:
             raise StoreDamagedError(
@@ -208,7 +209,7 @@ class Catalogue:
                 f"{self.path} must be upgraded from schema {applied} to {len(MIGRATIONS)}, "
                 "but may not be written"
             )
-        with self._translated(), self._engine.connect() as connection:
+        with _translated(self.path), self._engine.connect() as connection:
             connection = connection.execution_options(writes=True)
             with connection.begin():
                 metadata.create_all(connection, tables=[schema_migrations])
@@ -233,7 +234,7 @@ class Catalogue:
 
     def read_model(self) -> ModelSpec | None:
         """The model that made the embeddings; None in a catalogue that was never completed."""
-        with self._translated(), self._engine.connect() as connection, connection.begin():
+        with _translated(self.path), self._engine.connect() as connection, connection.begin():
             row = connection.execute(
                 sa.select(models).join(store_info, store_info.c.model_id == models.c.id)
             ).first()
@@ -248,9 +249,7 @@ class Catalogue:
         # truth and may be called immutable; decided anew for each snapshot, so that a writer
         # elsewhere, with more rights than ours, is seen.
         log = self.path.with_name(self.path.name + "-wal")
-        alone = not os.access(self.path.parent, os.W_OK) and not (
-            log.exists() and log.stat().st_size
-        )
+        alone = not may_write(self.path.parent) and not (log.exists() and log.stat().st_size)
         uri = self.path.absolute().as_uri() + "?mode=ro" + ("&immutable=1" if alone else "")
         return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
 
@@ -261,32 +260,33 @@ class Catalogue:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power cut
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Database errors as ours, each with what happened and the way out."""
-        try:
-            yield
-        except sa.exc.IntegrityError as error:
-            raise InvalidRowsError(f"nothing was written: {error.orig}") from error
-        except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
-            words = str(getattr(error, "orig", error))
-            if "locked" in words:
-                raise StoreLockedError(
-                    f"{self.path} is in use by another process; try again when it is done"
-                ) from error
-            if "full" in words or "readonly" in words:
-                raise StoreReadOnlyError(
-                    f"{self.path} could not be written ({words}); what was there before is kept"
-                ) from error
-            if "unable to open" in words:
-                raise StoreReadOnlyError(
-                    f"{self.path} cannot be opened ({words}); check its permissions and, if "
-                    f"{self.path.name}-wal lies beside it, open it once where it may be written"
-                ) from error
-            raise StoreDamagedError(
-                f"{self.path} cannot be read as a catalogue ({words}); restore it from a copy, "
-                "or remove the library and index again"
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Database errors as ours, each with what happened and the way out."""
+    try:
+        yield
+    except sa.exc.IntegrityError as error:
+        raise InvalidRowsError(f"nothing was written: {error.orig}") from error
+    except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
+        words = str(getattr(error, "orig", error))
+        if "locked" in words:
+            raise StoreLockedError(
+                f"{path} is in use by another process; try again when it is done"
             ) from error
+        if "full" in words or "readonly" in words:
+            raise StoreReadOnlyError(
+                f"{path} could not be written ({words}); what was there before is kept"
+            ) from error
+        if "unable to open" in words:
+            raise StoreReadOnlyError(
+                f"{path} cannot be opened ({words}); check its permissions and, if "
+                f"{path.name}-wal lies beside it, open it once where it may be written"
+            ) from error
+        raise StoreDamagedError(
+            f"{path} cannot be read as a catalogue ({words}); restore it from a copy, "
+            "or remove the library and index again"
+        ) from error
 
 
 def _item_values(root_id: int, item: ItemWrite) -> dict[str, Any]:
@@ -321,8 +321,9 @@ def _applied_migrations(connection: sa.Connection) -> int:
 class Snapshot:
     """Reads one consistent state of a catalogue."""
 
-    def __init__(self, connection: sa.Connection, model_id: int) -> None:
+    def __init__(self, connection: sa.Connection, model_id: int, path: Path) -> None:
         self._connection = connection
+        self._path = path
         self.model_id = model_id
 
     def _all(self, statement: sa.Select[Any]) -> Sequence[Any]:
@@ -564,8 +565,8 @@ class Snapshot:
 class Transaction(Snapshot):
     """Changes a catalogue; what one transaction writes carries one change number."""
 
-    def __init__(self, connection: sa.Connection, model_id: int) -> None:
-        super().__init__(connection, model_id)
+    def __init__(self, connection: sa.Connection, model_id: int, path: Path) -> None:
+        super().__init__(connection, model_id, path)
         self._change: int | None = None
 
     @property
@@ -579,7 +580,7 @@ class Transaction(Snapshot):
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """What is written inside is undone if the block raises, and nothing else."""
-        with self._connection.begin_nested():
+        with _translated(self._path), self._connection.begin_nested():
             yield
 
     def add_model(self, model: ModelSpec) -> int:

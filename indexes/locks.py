@@ -1,4 +1,4 @@
-"""WriterLock: one writer at a time, by a lock of the operating system on a file that names it."""
+"""Who may write: WriterLock, one writer at a time, by a lock of the operating system."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class WriterLock:
         try:
             _lock(self._handle)
         except OSError as error:
-            holder = _describe(os.pread(self._handle, 4096, 0) if hasattr(os, "pread") else b"")
+            holder = _describe(os.read(self._handle, 4096))
             os.close(self._handle)
             self._handle = None
             raise StoreLockedError(
@@ -61,6 +61,11 @@ class WriterLock:
             os.close(self._handle)
             self._handle = None
             _held.discard(self)
+
+
+def may_write(path: Path) -> bool:
+    """Whether this process may write to an existing file or folder."""
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _describe(note: bytes) -> str:

@@ -37,7 +37,7 @@ from indexes.errors import (
     StoreReadOnlyError,
     WrongModelError,
 )
-from indexes.locks import WriterLock
+from indexes.locks import WriterLock, may_write
 from indexes.records import (
     KINDS,
     CaptionRow,
@@ -170,7 +170,7 @@ class Store:
         if not file.is_file():
             raise StoreNotFoundError(f"there is no library at {path}")
         if read_only is None:
-            read_only = not (os.access(path, os.W_OK) and os.access(file, os.W_OK))
+            read_only = not (may_write(path) and may_write(file))
         catalogue = Catalogue(file, read_only=read_only)
         try:
             catalogue.migrate()
@@ -346,6 +346,10 @@ class Store:
                     "removed": len(rows.removed(kind)),
                 }
             generation = rows.version()[0]
+        size_bytes = 0
+        for path in self.path.iterdir():
+            with suppress(OSError):  # a writer took an older file away
+                size_bytes += path.stat().st_size
         return {
             "items": counts["items"],
             "captions": counts["captions"],
@@ -353,7 +357,7 @@ class Store:
             "model": asdict(self.model),
             "generation": generation,
             "index": index,
-            "size_bytes": sum(file.stat().st_size for file in self.path.iterdir()),
+            "size_bytes": size_bytes,
         }
 
     def verify(self) -> list[str]:
@@ -526,8 +530,12 @@ class Writer:
         Raises InvalidRowsError naming the file if an embedding is not float32, finite and of unit
         length within 1e-3, or a row contradicts itself; nothing is written then.
         """
+        places = set()
         for item in items:
             self._check_item(item)
+            if item.file in places:
+                raise InvalidRowsError(f"{item.file!r} is in the batch twice")
+            places.add(item.file)
         with self._transaction() as rows:
             return rows.write_items(root_id, items)
 
@@ -539,6 +547,8 @@ class Writer:
         """
         _check_file(file)
         with self._transaction() as rows:
+            if rows.item_at(root_id, file) not in (None, item_id):
+                raise InvalidRowsError(f"another item is at {file!r} already")
             rows.update_place(item_id, root_id=root_id, file=file, size=size, mtime_ns=mtime_ns)
 
     def set_captions(
