@@ -1,0 +1,470 @@
+"""Pictures on disk and their captions as records: `list_pictures`, `read_pairs`, `read_image`.
+
+The formats of captions files are in `retriever.captions`, what pictures carry inside in
+`retriever.descriptions`, how one is decoded in `retriever.decoding`.
+"""
+
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+
+from PIL import Image, ImageFile
+
+from retriever.captions import (
+    CaptionRecord,
+    find_caption_files,
+    printable,
+    read_caption_file,
+    read_sidecar,
+)
+from retriever.decoding import HAS_HEIF, MAX_PIXELS, date_taken, opened, upright_rgb
+from retriever.descriptions import embedded_descriptions
+from retriever.errors import CaptionError, PictureError, UsageError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    | {".avif", ".jp2", ".j2k"}
+    | ({".heic", ".heif"} if HAS_HEIF else set())
+)
+
+# Besides hidden folders and `*.lib` stores: a NAS's previews, recycle bins, debris of archives.
+_SKIPPED_FOLDERS = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})
+_SIDECAR_SUFFIXES = (".txt", ".caption")
+_DOCUMENT = re.compile(
+    r"read.?me|licen[cs]e|copying|credits|notes?|changelog|index|attribution|captions?|classes"
+    r"|labels?|results|requirements|.*\.token",
+    re.IGNORECASE,
+)
+_SOURCE_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """A caption on one line, and where it was found.
+
+    `source` is "sidecar", the name of a captions file, "coco", "flickr", "exif", "iptc", "xmp", or
+    "given" for one that the caller brought.
+    """
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture file as listed, unopened; `file` is its path below the root, with `/`.
+
+    A name that is no UTF-8 keeps its bytes as lone surrogates (`os.fsencode` gives them back).
+    """
+
+    path: Path
+    file: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A picture with at least one caption, and its split where the captions file names one."""
+
+    path: Path
+    file: str
+    captions: tuple[Caption, ...]
+    split: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionReport:
+    """How captions and pictures met.
+
+    `by_source` counts captions and sums to `captions`. `unmatched` holds "where: name" of captions
+    whose picture is missing or ambiguous, `duplicates` the same of pictures named twice where one
+    record should hold all, `problems` a sentence on every file or line that could not be read.
+    """
+
+    pictures: int
+    with_captions: int
+    captions: int
+    by_source: Mapping[str, int]
+    unmatched: tuple[str, ...]
+    duplicates: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A decoded picture: upright RGB without metadata, perhaps smaller than the file's.
+
+    `width` and `height` are the file's own, upright, in pixels. `taken` is the camera's local time.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+    taken: datetime | None
+    descriptions: tuple[Caption, ...]
+
+
+def merge_captions(*groups: Iterable[Caption]) -> tuple[Caption, ...]:
+    """All captions in order, without those whose text an earlier group holds.
+
+    A text repeated within one group stays: the field's counts (Flickr8k's 5,000 test captions,
+    COCO's 25,010) include the few captions that two annotators wrote alike.
+    """
+    merged: list[Caption] = []
+    for group in groups:
+        known = {caption.text for caption in merged}
+        merged += [caption for caption in group if caption.text not in known]
+    return tuple(merged)
+
+
+# ── Listing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def list_pictures(root: Path, *, problems: list[str] | None = None) -> Iterator[Picture]:
+    """Every picture below `root`: of each folder its files by name, then its folders by name.
+
+    Hidden files and folders, `@eaDir`, recycle bins, `*.lib` stores and links to folders that are
+    read anyway are skipped. Such links, unreadable folders and broken links to pictures are named
+    in `problems`.
+
+    Raises:
+        UsageError: `root` is no folder.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{printable(root)}: no such folder")
+    return _pictures_below(root, [] if problems is None else problems)
+
+
+def _pictures_below(root: Path, problems: list[str]) -> Iterator[Picture]:
+    for prefix, entries in _folders_below(root, problems):
+        for entry in entries:
+            if _suffix(entry.name) in IMAGE_SUFFIXES:
+                try:
+                    status = entry.stat()
+                except OSError as exc:
+                    problems.append(f"{printable(prefix + entry.name)}: {exc.strerror}")
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    file = prefix + entry.name
+                    yield Picture(Path(entry.path), file, status.st_size, status.st_mtime_ns)
+
+
+def _folders_below(root: Path, problems: list[str]) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
+    """Each folder's prefix ("", "2024/", …) and its visible files, by name."""
+    real_root = Path(os.path.realpath(root))
+    seen: set[tuple[int, int]] = set()
+    waiting = [(os.fspath(root), "")]
+    while waiting:
+        folder, prefix = waiting.pop()
+        try:
+            status = os.stat(folder)  # noqa: PTH116 - a Path for each folder costs more
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as exc:
+            problems.append(f"{printable(prefix or folder)}: cannot be read: {exc.strerror}")
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            problems.append(f"{printable(prefix)}: a link to a folder already read")
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        files, folders = [], []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not _is_folder(entry):
+                files.append(entry)
+            elif not _is_skipped(entry.name):
+                if entry.is_symlink() and _is_reached(entry.path, real_root):
+                    problems.append(
+                        f"{printable(prefix + entry.name)}: a link to a folder that is read anyway"
+                    )
+                else:
+                    folders.append((entry.path, f"{prefix}{entry.name}/"))
+        yield prefix, files
+        waiting += reversed(folders)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself; list_pictures names it if it is called like a picture
+        return False
+
+
+def _is_skipped(name: str) -> bool:
+    return name.startswith(".") or name in _SKIPPED_FOLDERS or _suffix(name) == ".lib"
+
+
+def _is_reached(link: str, real_root: Path) -> bool:
+    """Whether a link leads to a folder that the listing reaches by its real path."""
+    target = Path(os.path.realpath(link))
+    if real_root.is_relative_to(target):
+        return True
+    return target.is_relative_to(real_root) and not any(
+        map(_is_skipped, target.relative_to(real_root).parts)
+    )
+
+
+def _suffix(name: str) -> str:
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
+
+
+# ── Captions of the listed pictures ──────────────────────────────────────────────────────────────
+
+
+class CaptionIndex:
+    """The captions that files beside the pictures give, read once for a root.
+
+    Sidecars come first (`photo.txt`, `photo.jpg.txt`, `photo.caption`; one caption a line; a text
+    named like several pictures belongs to each), then the captions files of the root, or the one
+    given instead of those.
+    """
+
+    def __init__(self, root: Path, pictures: Sequence[Picture]) -> None:
+        self._root = root
+        self._n_pictures = len(pictures)
+        self._captions: dict[str, tuple[Caption, ...]] = {}
+        self._splits: dict[str, str] = {}
+        self._unmatched: dict[str, str] = {}  # name -> where
+        self._duplicates: list[str] = []
+        self._problems: list[str] = []
+        self._by_path = {picture.file: picture.file for picture in pictures}
+        self._by_stem: dict[str, list[str]] = {}
+        self._by_name: dict[str, list[str]] = {}
+        for picture in pictures:
+            # macOS writes "é" as two characters, most captions files as one: both are found.
+            composed = unicodedata.normalize("NFC", picture.file)
+            self._by_path.setdefault(composed, picture.file)
+            self._by_name.setdefault(composed.rpartition("/")[2], []).append(picture.file)
+            stem = picture.file[: -len(_suffix(picture.file))]
+            self._by_stem.setdefault(stem, []).append(picture.file)
+
+    @classmethod
+    def read(
+        cls, root: Path, *, captions: Path | None = None, pictures: Sequence[Picture]
+    ) -> "CaptionIndex":
+        """The index of `pictures`, as `list_pictures(root)` lists them.
+
+        A captions file names a picture by its path from the root, from the captions file, or below
+        `images/`; or by its bare name, if only one picture has it.
+
+        Raises:
+            CaptionError: `captions` cannot be read. A file that was found on its own cannot stop
+                anything: it becomes one of the report's `problems`.
+        """
+        index = cls(root, pictures)
+        index._add_sidecars()
+        for path in find_caption_files(root) if captions is None else [captions]:
+            try:
+                source, records = read_caption_file(path, index._problems)
+            except CaptionError as exc:
+                if captions is not None:
+                    raise
+                index._problems.append(str(exc))
+            else:
+                index._add_records(records, source, path)
+        return index
+
+    def for_picture(self, picture: Picture) -> tuple[Caption, ...]:
+        """Its captions without those inside the picture (`Decoded.descriptions` has these)."""
+        return self._captions.get(picture.file, ())
+
+    def split_of(self, picture: Picture) -> str | None:
+        """The split that the captions file puts it in, as written there."""
+        return self._splits.get(picture.file)
+
+    @property
+    def report(self) -> CaptionReport:
+        """How captions and pictures met, descriptions inside pictures not counted."""
+        return self._report(self._n_pictures, self._captions.values(), ())
+
+    def _report(
+        self, pictures: int, groups: Iterable[Sequence[Caption]], problems: Sequence[str]
+    ) -> CaptionReport:
+        filled = [group for group in groups if group]
+        counts = Counter(caption.source for group in filled for caption in group)
+        return CaptionReport(
+            pictures=pictures,
+            with_captions=len(filled),
+            captions=counts.total(),
+            by_source=MappingProxyType(dict(counts)),
+            unmatched=tuple(f"{where}: {name}" for name, where in self._unmatched.items()),
+            duplicates=tuple(self._duplicates),
+            problems=(*self._problems, *problems),
+        )
+
+    def _add(self, file: str, texts: Iterable[str], source: str) -> None:
+        new = (Caption(text, source) for text in texts)
+        self._captions[file] = merge_captions(self._captions.get(file, ()), new)
+
+    def _add_sidecars(self) -> None:
+        for prefix, entries in _folders_below(self._root, []):  # list_pictures named the problems
+            strays: list[str] = []
+            any_text_matched = False
+            for entry in entries:
+                suffix = _suffix(entry.name)
+                if suffix not in _SIDECAR_SUFFIXES:
+                    continue
+                stem = prefix + entry.name[: -len(suffix)]
+                files = [stem] if stem in self._by_path else self._by_stem.get(stem, [])
+                if not files:
+                    strays.append(entry.name)
+                    continue
+                any_text_matched |= suffix == ".txt"
+                try:
+                    texts = read_sidecar(Path(entry.path))
+                except CaptionError as exc:
+                    self._problems.append(str(exc))
+                else:
+                    for file in files:
+                        self._add(file, texts, "sidecar")
+            for name in strays:
+                if _is_stray_sidecar(name, any_text_matched):
+                    self._unmatched[printable(prefix + name)] = "no picture beside"
+
+    def _add_records(self, records: Iterable[CaptionRecord], source: str, path: Path) -> None:
+        found: dict[str, list[str]] = {}
+        whole: dict[str, bool] = {}  # pictures named so far, and whether by a complete record
+        rows: dict[str, list[str]] = {}
+        for record in records:
+            if record.name not in found:
+                found[record.name] = self._find(record.name, path.parent)
+            files = found[record.name]
+            if len(files) != 1:
+                shown = printable(record.name)
+                if files:
+                    shown += f" ({len(files)} pictures have this name)"
+                self._unmatched.setdefault(shown, record.where)
+                continue
+            file = files[0]
+            if file in whole and (whole[file] or record.whole):
+                self._duplicates.append(f"{record.where}: {printable(file)}")
+            whole[file] = record.whole
+            if record.whole:
+                self._add(file, record.texts, source)
+            else:
+                rows.setdefault(file, []).extend(record.texts)
+            if record.split and self._splits.setdefault(file, record.split) != record.split:
+                self._problems.append(
+                    f"{record.where}: {printable(file)} is in split {self._splits[file]!r} already,"
+                    f" not in {record.split!r}"
+                )
+        for file, texts in rows.items():
+            self._add(file, texts, source)
+
+    def _find(self, name: str, folder: Path) -> list[str]:
+        """The pictures that a captions file in `folder` may mean by `name`; one if it is clear."""
+        if name in self._by_path:
+            return [self._by_path[name]]
+        name = unicodedata.normalize("NFC", name.replace("\\", "/"))
+        root = os.path.realpath(self._root)
+        for base in (root, os.path.realpath(folder), os.path.join(root, "images")):  # noqa: PTH118
+            try:
+                full = Path(os.path.normpath(os.path.join(base, name)))  # noqa: PTH118
+                file = full.relative_to(root).as_posix()
+            except ValueError:  # elsewhere than below the root
+                continue
+            if file in self._by_path:
+                return [self._by_path[file]]
+        return self._by_name.get(name, [])
+
+
+def _is_stray_sidecar(name: str, any_text_matched: bool) -> bool:
+    """Whether a text beside no picture was meant as a caption.
+
+    A `.caption` was, and `photo.jpg.txt`; a `.txt` among texts that do describe pictures, unless
+    it is called README or the like.
+    """
+    stem, suffix = name[: -len(_suffix(name))], _suffix(name)
+    if suffix == ".caption" or _suffix(stem) in IMAGE_SUFFIXES:
+        return True
+    return any_text_matched and not _DOCUMENT.fullmatch(stem)
+
+
+def read_pairs(
+    root: Path, *, captions: Path | None = None, split: str | None = None, embedded: bool = True
+) -> tuple[list[Pair], CaptionReport]:
+    """The pictures below `root` that have captions, in the order of `list_pictures`, and a report.
+
+    Args:
+        root: the folder.
+        captions: a captions file to read instead of those that `root` holds.
+        split: only the pictures that the captions file puts in this split; the report's numbers
+            are of these.
+        embedded: also open every picture for the descriptions inside; one that cannot be opened
+            is named in the report's `problems` and keeps its other captions.
+
+    Raises:
+        UsageError: `root` is no folder, or no picture is in `split`.
+        CaptionError: `captions` cannot be read.
+    """
+    problems: list[str] = []
+    pictures = list(list_pictures(root, problems=problems))
+    index = CaptionIndex.read(root, captions=captions, pictures=pictures)
+    if split is not None:
+        splits = {index.split_of(picture) for picture in pictures} - {None}
+        pictures = [picture for picture in pictures if index.split_of(picture) == split]
+        if not pictures:
+            known = ", ".join(sorted(map(str, splits))) or "none"
+            raise UsageError(
+                f"{printable(root)}: no picture is in split {split!r}; splits: {known}"
+            )
+    inside: list[tuple[Caption, ...]] = [()] * len(pictures)
+    if embedded:
+        with ThreadPoolExecutor(min(_SOURCE_THREADS, os.cpu_count() or 1)) as threads:
+            found = list(threads.map(_read_descriptions, pictures))
+        inside = [descriptions for descriptions, _ in found]
+        problems += [problem for _, problem in found if problem]
+    groups = [
+        merge_captions(index.for_picture(picture), descriptions)
+        for picture, descriptions in zip(pictures, inside, strict=True)
+    ]
+    pairs = [
+        Pair(picture.path, picture.file, group, index.split_of(picture))
+        for picture, group in zip(pictures, groups, strict=True)
+        if group
+    ]
+    return pairs, index._report(len(pictures), groups, problems)
+
+
+def read_image(path: Path, *, target: int | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """The picture at `path`, upright, as RGB; of an animation the first frame. Thread-safe.
+
+    Transparency shows white; more than 8 bits a channel are scaled to 8.
+
+    Args:
+        path: the content decides what it is, not the name: a PNG called .jpg is read.
+        target: the side in pixels that the caller will resize to. A JPEG is then decoded at a
+            half, quarter or eighth, but with neither side below twice the target.
+        max_pixels: a picture whose header states more is refused before it is decoded.
+
+    Raises:
+        PictureError: the file is missing, empty, not a picture, truncated, damaged or too large.
+    """
+    with opened(path, max_pixels) as image:
+        taken, descriptions = date_taken(image), _descriptions(image)
+        rgb, width, height = upright_rgb(image, target)
+    return Decoded(rgb, width, height, taken, descriptions)
+
+
+def _read_descriptions(picture: Picture) -> tuple[tuple[Caption, ...], str | None]:
+    """The descriptions inside a picture, and why it cannot be opened, if so."""
+    try:
+        with opened(picture.path) as image:
+            return _descriptions(image), None
+    except PictureError as exc:
+        return (), str(exc)
+
+
+def _descriptions(image: ImageFile.ImageFile) -> tuple[Caption, ...]:
+    return tuple(Caption(text, source) for source, text in embedded_descriptions(image))

@@ -1,0 +1,282 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retriever.captions import (
+    clean_caption,
+    find_caption_files,
+    read_caption_file,
+    read_sidecar,
+)
+from retriever.errors import CaptionError
+
+one_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+A_DOG = [("a.jpg", ("a dog",))]
+TWO = [("a.jpg", ("a dog",)), ("a.jpg", ("ein Hund",))]
+LISTED = [("a.jpg", ("a dog", "ein Hund"))]
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(path: Path) -> tuple[list[tuple[str, tuple[str, ...]]], list[str]]:
+    problems: list[str] = []
+    _, records = read_caption_file(path, problems)
+    return [(record.name, record.texts) for record in records], problems
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("c.jsonl", '{"file": "a.jpg", "caption": "a dog"}\n', A_DOG),
+        ("c.jsonl", '{"image": "a.jpg", "captions": ["a dog", "ein Hund"]}\r\n\r\n', LISTED),
+        ("c.jsonl", '{"filename": "a.jpg", "text": "a dog"}', A_DOG),
+        ("c.jsonl", '{"file_name": "a.jpg", "Text": "a dog"}', A_DOG),
+        ("c.jsonl", '{"file": "a.jpg", "captions": null}', [("a.jpg", ())]),
+        ("c.json", '[{"file": "a.jpg", "captions": ["a dog", "ein Hund"]}]', LISTED),
+        ("c.json", '{"a.jpg": "a dog"}', A_DOG),
+        ("c.json", '{"a.jpg": ["a dog", "ein Hund"]}', LISTED),
+        ("c.json", '{"a.jpg": "a dog", "a.jpg": "ein Hund"}', TWO),
+        ("c.csv", "file,caption\na.jpg,a dog\na.jpg,ein Hund\n", TWO),
+        ("c.csv", '\nid,Image,Caption\n1,a.jpg,"a dog"\n', A_DOG),
+        (
+            "c.csv",
+            "image,caption\na.jpg,a dog, a cat, both\n",
+            [("a.jpg", ("a dog, a cat, both",))],
+        ),
+        ("c.csv", "filename;text;split\na.jpg;a dog;test\n", A_DOG),
+        ("c.csv", 'file,captions\na.jpg,"[""a dog"", ""ein Hund""]"\n', LISTED),
+        ("c.csv", "file,captions\na.jpg,\"['a dog', 'ein Hund']\"\n", LISTED),
+        ("c.csv", "file,captions\na.jpg,[sic] a dog\n", [("a.jpg", ("[sic] a dog",))]),
+        ("c.tsv", "file\tcaption\na.jpg\ta dog\n", A_DOG),
+        ("c.tsv", 'file\tcaption\na.jpg\t"a dog"\nb.jpg\t"Go" it says\n', None),
+        ("captions.txt", "image,caption\na.jpg,a dog\na.jpg,ein Hund\n", TWO),
+        (
+            "results.csv",
+            "image_name| comment_number| comment\na.jpg| 0| a dog\na.jpg| 1| ein Hund\n",
+            TWO,
+        ),
+        ("Flickr8k.token.txt", "a.jpg#0\ta dog\na.jpg#1\tein Hund\n", TWO),
+        ("results_20130124.token", "a.jpg#0\ta dog\r\n", A_DOG),
+    ],
+)
+def test_every_format_gives_names_and_captions(
+    tmp_path: Path, name: str, content: str, expected: list[tuple[str, tuple[str, ...]]] | None
+) -> None:
+    if expected is None:  # an unbalanced quotation mark in a tab-separated caption is its own
+        expected = [("a.jpg", ("a dog",)), ("b.jpg", ('"Go" it says',))]
+    for prefix in (b"", b"\xef\xbb\xbf"):
+        path = write(tmp_path, name, prefix + content.encode())
+        assert read(path) == (expected, [])
+
+
+def test_coco_captions_are_joined_by_image_id_and_the_official_name_gives_the_split(
+    tmp_path: Path,
+) -> None:
+    content = {
+        "images": [{"id": 7, "file_name": "000007.jpg"}, {"id": 8, "file_name": "000008.jpg"}],
+        "annotations": [
+            {"image_id": 8, "id": 1, "caption": "a cat"},
+            {"image_id": 7, "id": 2, "caption": "a dog \n"},
+            {"image_id": 9, "id": 3, "caption": "nobody"},
+            {"image_id": 7, "id": 4, "bbox": [0, 0, 1, 1]},
+        ],
+    }
+    path = write(tmp_path, "captions_val2017.json", json.dumps(content))
+    problems: list[str] = []
+    source, records = read_caption_file(path, problems)
+    assert source == "coco"
+    assert [(r.name, r.texts, r.split) for r in records] == [
+        ("000008.jpg", ("a cat",), "val"),
+        ("000007.jpg", ("a dog",), "val"),
+    ]
+    assert problems == [
+        "captions_val2017.json: annotation 3: image_id 9 is not among the images",
+        "captions_val2017.json: annotation 4: no caption",
+    ]
+
+
+def test_karpathy_splits_are_read_and_restval_is_trained_on(tmp_path: Path) -> None:
+    images = [
+        {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a dog"}, {"raw": "a cat"}]},
+        {"filename": "b.jpg", "split": "restval", "sentences": [{"raw": "a bird"}]},
+        {"filename": "c.jpg", "split": "test"},
+    ]
+    problems: list[str] = []
+    _, records = read_caption_file(
+        write(tmp_path, "dataset_coco.json", json.dumps({"images": images})), problems
+    )
+    assert [(r.name, r.texts, r.split) for r in records] == [
+        ("a.jpg", ("a dog", "a cat"), "test"),
+        ("b.jpg", ("a bird",), "train"),
+    ]
+    assert problems == ["dataset_coco.json: image 3: no file name, split or raw sentences"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "source"),
+    [
+        ("c.csv", "file,caption\n", "c.csv"),
+        ("x.token", "a.jpg#0\ta dog\n", "flickr"),
+        ("results.csv", "image_name| comment_number| comment\n", "flickr"),
+        ("c.json", '{"images": [], "annotations": []}', "coco"),
+    ],
+)
+def test_the_source_tells_the_kind_of_file(
+    tmp_path: Path, name: str, content: str, source: str
+) -> None:
+    assert read_caption_file(write(tmp_path, name, content), [])[0] == source
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("c.jsonl", "{nonsense\n", "c.jsonl:1: not JSON: "),
+        ("c.jsonl", '\n["a.jpg", "a dog"]\n', "c.jsonl:2: not an object"),
+        ("c.jsonl", '{"caption": "a dog"}\n', "c.jsonl:1: no file name"),
+        ("c.jsonl", '{"file": 3, "caption": "a dog"}\n', "c.jsonl:1: no file name"),
+        ("c.jsonl", '{"file": "a.jpg"}\n', "c.jsonl:1: no caption"),
+        ("c.jsonl", '{"file": "a.jpg", "caption": 3}\n', "c.jsonl:1: the caption is neither"),
+        ("c.jsonl", "[" * 100_000 + "\n", "c.jsonl:1: not JSON: "),
+        ("c.json", '[{"file": "a.jpg"}]', "c.json: record 1: no caption"),
+        ("c.json", '{"a.jpg": 3}', "c.json: a.jpg: neither"),
+        ("c.csv", "file,caption\nonly\n", "c.csv:2: 1 cells"),
+        ("c.csv", "file,caption\n,a dog\n", "c.csv:2: 2 cells"),
+        ("c.token", "a.jpg#0\ta dog\nnonsense\n", "c.token:2: not of the form"),
+    ],
+)
+def test_a_faulty_line_is_named_and_the_rest_is_read(
+    tmp_path: Path, name: str, content: str, problem: str
+) -> None:
+    _, problems = read(write(tmp_path, name, content))
+    assert len(problems) == 1
+    assert problems[0].startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "c.csv",
+            "file,caption\na.jpg,caf\xe9\n".encode("latin-1"),
+            "c.csv:2: not UTF-8 (byte 0xE9)",
+        ),
+        ("c.jsonl", '{"file": "a.jpg"}'.encode("utf-16"), "c.jsonl:1: UTF-16"),
+        ("c.json", b"{nonsense", "c.json: not JSON: "),
+        ("c.json", b'"text"', "c.json: neither a list of records nor an object"),
+        ("c.csv", b"name,age\n", "c.csv: the first line names no picture column"),
+        ("c.csv", b"", "c.csv: the first line names no picture column"),
+        ("c.csv", b'file,caption\na.jpg,"' + b"x" * 200_000, "c.csv:2: field larger"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_naming_it(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    with pytest.raises(CaptionError) as caught:
+        read(write(tmp_path, name, content))
+    assert message in str(caught.value)
+
+
+def test_a_missing_captions_file_is_an_error_naming_it(tmp_path: Path) -> None:
+    with pytest.raises(CaptionError, match=r"none\.csv: No such file"):
+        read(tmp_path / "none.csv")
+
+
+def test_only_files_with_usual_names_are_found(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    table = "image,caption\n"
+    for name, content in {
+        "captions.csv": table,
+        "captions.txt": table,
+        "Flickr8k.token.txt": "",
+        "Flickr8k.lemma.token.txt": "",
+        "annotations/captions_train2017.json": "{}",
+        "annotations/instances_train2017.json": "{}",
+        "captions_zh.jsonl": "",
+        "results.csv": "run,accuracy\n",
+        "metadata.csv": table,
+    }.items():
+        write(tmp_path, name, content)
+    found = [path.relative_to(tmp_path).as_posix() for path in find_caption_files(tmp_path)]
+    assert found == [
+        "captions.csv",
+        "Flickr8k.token.txt",
+        "annotations/captions_train2017.json",
+        "captions.txt",
+    ]
+
+
+def test_a_sidecar_has_one_caption_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.txt", "\ufeffa dog\r\n\n  ein   Hund \r犬\n")
+    assert read_sidecar(path) == ["a dog", "ein Hund", "犬"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a dog\ncaf\xe9", "a.txt:2: not UTF-8"),
+        (b"x" * 1_000_001, "over 1 MB"),
+        (b"0 0.5 0.5 0.25 0.25\n16 0.1 0.2 0.3 0.4\n", "box labels"),
+    ],
+)
+def test_a_text_that_is_no_sidecar_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(CaptionError, match=message):
+        read_sidecar(write(tmp_path, "a.txt", content))
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("  a\tdog\r\nruns ", "a dog runs"),
+        ("a\x00dog\x1b[31m", "a dog [31m"),
+        ("a\u2028dog\xa0runs", "a dog runs"),
+        ("half \ud83d a pair", "half \ufffd a pair"),
+        (" \n", ""),
+    ],
+)
+def test_a_caption_is_one_printable_line(text: str, clean: str) -> None:
+    assert clean_caption(text) == clean
+
+
+# Any text at all, lone surrogates included: JSON can spell them.
+any_text = st.text(st.characters(), max_size=40)
+utf8_text = st.text(max_size=40)
+
+
+def expected(text: str) -> tuple[str, ...]:
+    return (clean_caption(text),) if clean_caption(text) else ()
+
+
+@one_file
+@given(any_text, st.booleans())
+def test_any_caption_survives_jsonl(tmp_path: Path, text: str, ascii_only: bool) -> None:
+    if not ascii_only:
+        text = text.encode("utf-8", "replace").decode()
+    line = json.dumps({"file": "a.jpg", "caption": text}, ensure_ascii=ascii_only)
+    assert read(write(tmp_path, "c.jsonl", line)) == ([("a.jpg", expected(text))], [])
+
+
+@one_file
+@given(utf8_text, st.sampled_from([",", ";"]))
+def test_any_caption_survives_csv(tmp_path: Path, text: str, delimiter: str) -> None:
+    table = io.StringIO(newline="")
+    csv.writer(table, delimiter=delimiter).writerows([["file", "caption"], ["a.jpg", text]])
+    path = write(tmp_path, "c.csv", table.getvalue())
+    assert read(path) == ([("a.jpg", expected(text))], [])
+
+
+@one_file
+@given(st.lists(utf8_text, max_size=4))
+def test_any_captions_survive_a_sidecar(tmp_path: Path, texts: list[str]) -> None:
+    lines = [clean_caption(text) for text in texts]
+    path = write(tmp_path, "a.txt", "\n".join(lines))
+    assert read_sidecar(path) == [line for line in lines if line]
