@@ -1,4 +1,4 @@
-"""Retriever: find pictures by describing them and captions by showing a picture, on your own machine."""
+"""Find pictures by describing them, and captions by showing a picture, on your own machine."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -12,7 +12,7 @@ The store has a tree of its own, `indexes.errors.StoreError`.
 
 
 class RetrieverError(Exception):
-    """Base of every error that Retriever raises on purpose; its text is one sentence for the user."""
+    """Base of all that Retriever raises on purpose; its text is a sentence for the user."""
 
 
 class PictureError(RetrieverError):

@@ -1,7 +1,7 @@
 """Training objectives: each a small function of two embedding matrices, rows of unit length.
 
-Row i of `images` and row i of `texts` are a positive pair. Where a picture stands in several rows (one
-for each of its captions), `groups` says which rows belong to the same picture: those are never
+Row i of `images` and row i of `texts` are a positive pair. Where a picture stands in several rows
+(one for each of its captions), `groups` says which rows belong to the same picture: those are never
 negatives of each other.
 """
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Added to the logit of a pair that must not count as a negative: exp() of it is 0 in every dtype, and
-# unlike -inf it cannot turn a row of nothing but such pairs into NaN.
+# The logit of a pair that must not count as a negative: exp() of it is 0 in every dtype, and unlike
+# -inf it cannot turn a row of nothing but such pairs into NaN.
 _MASKED = -1e4
 
 
@@ -28,7 +28,7 @@ def squared_distance_loss(images: Tensor, texts: Tensor) -> Tensor:
     """Mean squared distance of positive pairs, `mean ‖f(x) − g(t)‖²`, in [0, 4].
 
     It has no term that keeps different pictures apart, so its minimum is reached with every
-    embedding on one point: use it only together with what prevents that (`squared_uniformity_loss`).
+    embedding on one point: use it only with what prevents that (`squared_uniformity_loss`).
     It is the alignment of Wang & Isola 2020 with α = 2, arXiv:2005.10242.
 
     Args:
@@ -99,7 +99,7 @@ def siglip_loss(
         images: (b, d) float, unit rows.
         texts: (b, d) float, unit rows.
         logit_scale: multiplies the cosines; the paper starts at 10.
-        logit_bias: added to the logits; the paper starts at −10, since nearly all pairs are negative.
+        logit_bias: added to the logits; the paper starts at −10, as nearly all pairs are negative.
         groups: (b,) int, the picture of each row; None when all differ.
     """
     b = len(images)

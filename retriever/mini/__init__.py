@@ -1,1 +1,1 @@
-"""The bundled encoder `mini`: two ONNX files, a tokenizer and their configuration (see MODEL_CARD.md)."""
+"""The bundled encoder: two ONNX files, a tokenizer and their configuration; see MODEL_CARD.md."""

@@ -1,0 +1,140 @@
+"""Checkpoints of a dual encoder, and pretrained weights to begin one from.
+
+A checkpoint is a folder: `model.safetensors`, `config.json`, `tokenizer.json`, and what else the
+trainer wants to keep, as JSON. No file in it is a pickle.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from retriever.errors import EncoderError
+from retriever.towers import BackboneTower, DualEncoder, TransformerTower, fold_batch_norms
+
+_WEIGHTS = "model.safetensors"
+_QKV = ("query", "key", "value")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file, or a .pth file that holds nothing but tensors."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as exc:  # each format has its own error types; all mean the same to the user
+        raise EncoderError(f"{path}: not a file of weights that can be read ({exc})") from exc
+
+
+def load_backbone(tower: BackboneTower, architecture: str, path: Path) -> None:
+    """Put a state dict of the architecture into the tower, whose BatchNorms are folded already.
+
+    Names may differ (the weights of another implementation of the same network): then tensors are
+    matched in order, and every shape must agree.
+    """
+    import timm
+
+    plain: Any = timm.create_model(architecture).eval()
+    weights = load_tensors(path)
+    wanted = plain.state_dict()
+    if weights.keys() != wanted.keys():
+        shapes = [tuple(t.shape) for t in weights.values()]
+        if shapes != [tuple(t.shape) for t in wanted.values()]:
+            raise EncoderError(f"{path}: these are not the weights of {architecture}")
+        weights = dict(zip(wanted, weights.values(), strict=True))
+    plain.load_state_dict(weights)
+    plain.reset_classifier(0)
+    fold_batch_norms(plain)
+    tower.backbone.load_state_dict(plain.state_dict())
+
+
+def load_bert(tower: TransformerTower, path: Path) -> None:
+    """Put BERT's tensors, under the names that they have everywhere, into our layers."""
+    weights = {name.removeprefix("bert."): t for name, t in load_tensors(path).items()}
+    positions = weights["embeddings.position_embeddings.weight"]
+    if len(positions) < tower.positions.num_embeddings:
+        raise EncoderError(f"{path}: has positions for {len(positions)} tokens only")
+    # Every token has type 0, so that row of the type table is a constant, added once and for all.
+    positions = positions + weights["embeddings.token_type_embeddings.weight"][0]
+    ours = {
+        "tokens.weight": weights["embeddings.word_embeddings.weight"],
+        "positions.weight": positions[: tower.positions.num_embeddings],
+        "norm.weight": weights["embeddings.LayerNorm.weight"],
+        "norm.bias": weights["embeddings.LayerNorm.bias"],
+    }
+    names = {
+        "out": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "norm": "output.LayerNorm",
+    }
+    for i in range(len(tower.layers)):
+        for part in ("weight", "bias"):
+            parts = [weights[f"encoder.layer.{i}.attention.self.{n}.{part}"] for n in _QKV]
+            ours[f"layers.{i}.qkv.{part}"] = torch.cat(parts)
+            for our, theirs in names.items():
+                ours[f"layers.{i}.{our}.{part}"] = weights[f"encoder.layer.{i}.{theirs}.{part}"]
+    tower.load_state_dict(ours)
+
+
+def bert_shape(path: Path) -> dict[str, int]:
+    """The sizes that a BERT state dict shows; without a config.json, heads as is customary."""
+    weights = {name.removeprefix("bert."): t for name, t in load_tensors(path).items()}
+    vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
+    layers = 1 + max(int(n.split(".")[2]) for n in weights if n.startswith("encoder.layer."))
+    hidden = len(weights["encoder.layer.0.intermediate.dense.bias"])
+    config = path.with_name("config.json")
+    heads = width // (32 if width <= 384 else 64)
+    if config.is_file():
+        heads = json.loads(config.read_text("utf-8"))["num_attention_heads"]
+    return {
+        "vocabulary": vocabulary,
+        "width": width,
+        "layers": layers,
+        "hidden": hidden,
+        "heads": heads,
+    }
+
+
+def save_checkpoint(
+    folder: Path, model: DualEncoder, tokenizer: Tokenizer, extra: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint beside its final name, then put it in place in one step."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / _WEIGHTS)
+    tokenizer.save(str(temporary / "tokenizer.json"))
+    for name, value in ({"config": model.config} | dict(extra)).items():
+        (temporary / f"{name}.json").write_text(json.dumps(value, indent=1), "utf-8")
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+def load_checkpoint(folder: Path) -> tuple[DualEncoder, Tokenizer]:
+    """The model, in eval mode on the CPU, and its tokenizer, as `save_checkpoint` wrote them.
+
+    Raises:
+        EncoderError: the folder is no checkpoint, or its weights do not fit its config.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        model = DualEncoder(config)
+        model.load_state_dict(load_file(folder / _WEIGHTS))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as exc:  # tokenizers raises bare Exception, safetensors a type of its own
+        raise EncoderError(f"{folder}: not a checkpoint that can be loaded ({exc})") from exc
+    return model.eval(), tokenizer

@@ -1,0 +1,567 @@
+"""Training a dual encoder on captioned pictures.
+
+Two ways. With frozen towers, each picture and caption goes through its tower once, the features
+are cached on disk, and only the two projections are trained: minutes on a CPU. With `finetune`,
+the towers learn too, on pictures that are augmented anew in every epoch.
+
+What comes of it is a checkpoint with a log of one record an epoch. While training runs,
+`OUT.partial` beside it holds all that is needed to go on after a kill.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from retriever import objectives
+from retriever.checkpoints import (
+    bert_shape,
+    load_backbone,
+    load_bert,
+    load_checkpoint,
+    load_tensors,
+    save_checkpoint,
+)
+from retriever.data import Pair
+from retriever.errors import UsageError
+from retriever.metrics import alignment, modality_gap, retrieval_metrics, uniformity
+from retriever.samples import Captions, Pictures, split_pairs
+from retriever.towers import BackboneTower, DualEncoder, TransformerTower
+
+OBJECTIVES = ("clip", "siglip", "triplet", "squared", "squared+uniformity")
+# How many pictures or captions go through a tower at once. On a CPU the activations of so few stay
+# in the cache: measured, 64 pictures at a time take 26 ms each, 256 take 44.
+_PIECE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """Every setting of a training run; the whole of it is saved in the checkpoint."""
+
+    image_tower: str = "tf_efficientnet_lite0"  # an architecture of timm, or "cnn" from scratch
+    image_weights: str | None = None  # a .pth or .safetensors file; None: random weights
+    text_tower: str = "transformer"  # "transformer", "static" or "gru"
+    text_weights: str | None = None  # a folder with model.safetensors (BERT names), tokenizer.json
+    init: str | None = None  # a checkpoint to begin from, in place of the four above
+    dim: int = 384  # of the shared space
+    image_size: int = 224  # side in pixels; pictures are squashed to a square
+    max_tokens: int = 64  # longer captions are cut
+    objective: str = "clip"  # one of OBJECTIVES
+    finetune: bool = False  # train the towers too
+    freeze_stages: int = (
+        0  # fine-tuning: how many stages of the image tower, from below, stay fixed
+    )
+    train_depthwise: bool = False  # fine-tuning: 5 % of the weights, 40 % of the time
+    views: int = 1  # frozen towers: cached views of each picture, all but the first augmented
+    epochs: int = 20
+    batch_size: int = 256  # pictures
+    captions_per_picture: int = 2  # drawn anew for each batch
+    lr: float = 1e-3  # projections; peak of a cosine schedule
+    image_lr: float = 3e-4  # image tower, when fine-tuning
+    text_lr: float = 5e-5  # text tower, when fine-tuning
+    weight_decay: float = 0.05
+    warmup: float = 0.1  # share of all steps
+    dropout: float = 0.1
+    token_dropout: float = 0.0  # chance that a token is hidden from the text tower
+    ema: float = 0.0  # decay of the weight average that is evaluated and kept; 0: none
+    patience: int = 5  # epochs without a better held-out rSum before stopping
+    threads: int = 0  # 0: as torch decides
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            choices = ", ".join(OBJECTIVES)
+            raise UsageError(f"unknown objective {self.objective!r}: choose from {choices}")
+
+
+@dataclass(frozen=True, slots=True)
+class EpochLog:
+    """What one epoch gave, measured on the held-out pairs; recalls in percent."""
+
+    epoch: int
+    loss: float
+    seconds: float
+    logit_scale: float
+    alignment: float
+    uniformity: float
+    modality_gap: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 where the hardware multiplies it natively, else nothing."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _word_tokenizer(captions: Sequence[str], vocabulary: int = 8000) -> Tokenizer:
+    """A tokenizer for towers from scratch: lower-case words of the training captions."""
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocabulary, special_tokens=["[PAD]", "[UNK]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, Tokenizer]:
+    """A dual encoder as the config describes it, with pretrained weights where it names some.
+
+    Args:
+        config: of the run.
+        captions: of the training pairs: they give the vocabulary of a text tower from scratch.
+
+    Raises:
+        EncoderError: weights that cannot be read or do not fit.
+    """
+    if config.init:
+        model, tokenizer = load_checkpoint(Path(config.init))
+        return model, tokenizer
+    text: dict[str, Any] = {"tower": config.text_tower, "max_tokens": config.max_tokens}
+    bert = Path(config.text_weights) / "model.safetensors" if config.text_weights else None
+    if bert:
+        tokenizer = Tokenizer.from_file(str(bert.with_name("tokenizer.json")))
+        text |= bert_shape(bert)
+    else:
+        tokenizer = _word_tokenizer(captions)
+        text |= {"vocabulary": tokenizer.get_vocab_size(), "width": 256}
+        text |= {"layers": 2, "heads": 4, "hidden": 1024}
+    scratch = config.image_tower == "cnn"
+    mean = std = [0.5, 0.5, 0.5]
+    if not scratch:
+        import timm
+
+        defaults = timm.get_pretrained_cfg(config.image_tower)
+        if defaults is None:
+            raise UsageError(f"unknown image tower {config.image_tower!r}: cnn, or a name of timm")
+        mean, std = list(defaults.mean), list(defaults.std)
+    image = {
+        "tower": config.image_tower,
+        "size": config.image_size,
+        "resize": "squash",
+        "interpolation": "bicubic",
+        "mean": mean,
+        "std": std,
+    }
+    torch.manual_seed(config.seed)
+    model = DualEncoder(
+        {"dim": config.dim, "dropout": config.dropout, "image": image, "text": text}
+    )
+    if config.image_weights and isinstance(model.image_tower, BackboneTower):
+        load_backbone(model.image_tower, config.image_tower, Path(config.image_weights))
+    if bert and isinstance(model.text_tower, TransformerTower):
+        load_bert(model.text_tower, bert)
+    elif bert and config.text_tower == "static":
+        vectors = load_tensors(bert)["embeddings.word_embeddings.weight"]
+        model.text_tower.load_state_dict({"tokens.weight": vectors}, strict=False)
+    return model, tokenizer
+
+
+# ── the run ────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Run:
+    """State of one training run: model, optimiser, averages, log; saved after every epoch."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: DualEncoder,
+        tokenizer: Tokenizer,
+        out: Path,
+        cache: Path,
+        train_pairs: Sequence[Pair],
+        held_out_pairs: Sequence[Pair],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.config, self.model, self.tokenizer, self.out = config, model, tokenizer, out
+        self.partial = out.with_name(out.name + ".partial")
+        self.device = pick_device(config.device)
+        model.to(self.device)
+        model.image_tower.to(memory_format=torch.channels_last)
+        image, text = model.config["image"], model.config["text"]
+        self.pictures = Pictures(train_pairs, image["size"], cache, warn)
+        self.held_pictures = Pictures(held_out_pairs, image["size"], cache, warn)
+        self.captions = Captions(self.pictures.pairs, tokenizer, text["max_tokens"])
+        self.held_captions = Captions(self.held_pictures.pairs, tokenizer, text["max_tokens"])
+        if not len(self.held_pictures):
+            raise UsageError("none of the held-out pictures can be read")
+        self.cached: dict[str, Tensor] = {}
+        if not config.finetune:
+            self._cache_features(cache)
+        self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=(0.9, 0.98))
+        self.steps_per_epoch = max(len(self.pictures) // config.batch_size, 1)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
+        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self.log: list[dict[str, Any]] = []
+        self.best: dict[str, Tensor] = {}
+
+    def _lr_factor(self, step: int) -> float:
+        total = self.steps_per_epoch * self.config.epochs
+        warmup = max(int(total * self.config.warmup), 1)
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        config, model = self.config, self.model
+        if isinstance(model.image_tower, BackboneTower):
+            model.image_tower.requires_grad_(config.finetune)
+            for stage in model.image_tower.stages()[: config.freeze_stages]:
+                stage.requires_grad_(False)
+            for layer in model.image_tower.modules():
+                if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not config.train_depthwise:
+                    layer.requires_grad_(False)
+        groups = []
+        for prefix, lr in (
+            ("image_tower.", config.image_lr if config.finetune else 0.0),
+            ("text_tower.", config.text_lr if config.finetune else 0.0),
+            ("", config.lr),
+        ):
+            for decays in (True, False):
+                parameters = [
+                    p
+                    for name, p in model.named_parameters()
+                    if p.requires_grad
+                    and (name.startswith(prefix) if prefix else "_tower." not in name)
+                    and (p.ndim > 1) == decays
+                ]
+                if lr and parameters:
+                    decay = config.weight_decay if decays else 0.0
+                    groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
+        return groups
+
+    # ── frozen features ────────────────────────────────────────────────────────────────────────
+
+    def _cache_features(self, cache: Path) -> None:
+        digest = xxhash.xxh3_128()
+        for name, tensor in self.model.state_dict().items():
+            if "_tower." in name:
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        towers = digest.hexdigest()
+        self.model.eval()
+        sources = {
+            "train": (self.pictures, self.captions, self.config.views),
+            "held_out": (self.held_pictures, self.held_captions, 1),
+        }
+        for which, (pictures, captions, views) in sources.items():
+            for view in range(views):
+                seed = (self.config.seed, view) if view else None
+                name = f"{pictures.key}-{view}-{self.config.seed if view else 0}"
+                self.cached[f"{which}.image.{view}"] = self._features(
+                    cache / f"features-{towers}-{name}.npy",
+                    len(pictures),
+                    partial(self._view_features, pictures, seed),
+                )
+            texts = xxhash.xxh3_128(json.dumps(captions.ids).encode()).hexdigest()
+            self.cached[f"{which}.text"] = self._features(
+                cache / f"features-{towers}-{texts}.npy",
+                len(captions),
+                partial(self._text_features, captions),
+            )
+
+    def _features(
+        self, path: Path, count: int, encode: Callable[[NDArray[np.int64]], Tensor]
+    ) -> Tensor:
+        """(count, f) float32 from the cache file, which is written first if it is not there."""
+        if not path.is_file():
+            parts = []
+            for rows in np.array_split(np.arange(count), math.ceil(count / 1024)):
+                with torch.inference_mode():
+                    parts.append(encode(rows).cpu())
+            temporary = path.with_suffix(".tmp")
+            with temporary.open("wb") as file:
+                np.save(file, torch.cat(parts).numpy())
+            temporary.rename(path)
+        return torch.from_numpy(np.load(path)).to(self.device)
+
+    def _view_features(
+        self, pictures: Pictures, seed: tuple[int, int] | None, rows: NDArray[np.int64]
+    ) -> Tensor:
+        return self._image_features(pictures.batch(rows, seed))
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        with _autocast(self.device):
+            pieces = torch.split(pixels.to(self.device), _PIECE)
+            return torch.cat([self.model.image_features(piece) for piece in pieces])
+
+    def _text_features(self, captions: Captions, rows: NDArray[np.int64]) -> Tensor:
+        # Captions of like length go together, so that little of the work is padding.
+        order = np.argsort([len(captions.ids[row]) for row in rows], kind="stable")
+        parts = []
+        for start in range(0, len(rows), _PIECE):
+            ids, mask = captions.batch(rows[order[start : start + _PIECE]])
+            if self.model.training and self.config.token_dropout:
+                hidden = torch.rand(mask.shape) < self.config.token_dropout
+                hidden[:, 0] = False
+                mask = mask.masked_fill(hidden, 0)
+            with _autocast(self.device):
+                parts.append(self.model.text_features(ids.to(self.device), mask.to(self.device)))
+        return torch.cat(parts)[torch.from_numpy(np.argsort(order))]
+
+    # ── an epoch ───────────────────────────────────────────────────────────────────────────────
+
+    def _batches(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]]:
+        """Pictures (b,), their captions (b, c) and, when fine-tuning, pixels, one batch ahead."""
+        config = self.config
+        rng = np.random.default_rng((config.seed, epoch))
+        order = rng.permutation(len(self.pictures))
+        b = min(config.batch_size, len(order))
+        plans = []
+        for start in range(0, self.steps_per_epoch * b, b):
+            rows = order[start : start + b]
+            drawn = [self.captions.draw(i, config.captions_per_picture, rng) for i in rows]
+            plans.append((rows, np.stack(drawn)))
+        if not config.finetune:
+            for rows, drawn_captions in plans:
+                yield rows, drawn_captions, torch.empty(0)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead: list[Future[Tensor]] = []
+            for i in range(len(plans)):
+                while len(ahead) < 2 and i + len(ahead) < len(plans):
+                    rows = plans[i + len(ahead)][0]
+                    ahead.append(pool.submit(self.pictures.batch, rows, (config.seed, epoch)))
+                yield *plans[i], ahead.pop(0).result()
+
+    def _loss(
+        self, rows: NDArray[np.int64], drawn: NDArray[np.int64], pixels: Tensor, epoch: int
+    ) -> Tensor:
+        config, model = self.config, self.model
+        flat = drawn.reshape(-1)
+        if config.finetune:
+            image_features = self._image_features(pixels)
+            text_features = self._text_features(self.captions, flat)
+        else:
+            view = np.random.default_rng((config.seed, epoch, int(rows[0]))).integers(config.views)
+            image_features = self.cached[f"train.image.{view}"][torch.from_numpy(rows)]
+            text_features = self.cached["train.text"][torch.from_numpy(flat)]
+        c = drawn.shape[1]
+        images = model.project_images(image_features).repeat_interleave(c, dim=0)
+        texts = model.project_texts(text_features)
+        groups = torch.arange(len(rows), device=self.device).repeat_interleave(c)
+        match config.objective:
+            case "clip":
+                return objectives.clip_loss(images, texts, model.logit_scale, groups)
+            case "siglip":
+                scale, bias = model.logit_scale, model.logit_bias
+                return objectives.siglip_loss(images, texts, scale, bias, groups)
+            case "triplet":
+                return objectives.triplet_loss(images, texts, groups=groups)
+            case "squared":
+                return objectives.squared_distance_loss(images, texts)
+            case _:
+                return objectives.squared_uniformity_loss(images[::c], texts[::c])
+
+    def _update_average(self, step: int) -> None:
+        # The decay grows with the steps, so that the first weights do not linger in a short run.
+        decay = min(self.config.ema, (1 + step) / (10 + step)) if self.config.ema else 0.0
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value.detach(), 1 - decay)
+
+    def train_epoch(self, epoch: int, progress: Callable[[int, int], None] | None) -> float:
+        """Mean loss of one pass over the training pictures."""
+        torch.manual_seed(self.config.seed * 100_003 + epoch)
+        # The backbone stays in eval mode (its BatchNorms are gone; dropout paths are not wanted).
+        self.model.train()
+        losses = []
+        for step, (rows, drawn, pixels) in enumerate(self._batches(epoch)):
+            loss = self._loss(rows, drawn, pixels, epoch)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self._update_average(epoch * self.steps_per_epoch + step)
+            losses.append(loss.item())
+            if progress:
+                progress(step + 1, self.steps_per_epoch)
+        return float(np.mean(losses))
+
+    @torch.inference_mode()
+    def held_out(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Embeddings of the held-out pictures (n, d) and captions (m, d), by averaged weights."""
+        current = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        self.model.eval()
+        if self.config.finetune:
+            n = len(self.held_pictures)
+            pieces = np.array_split(np.arange(n), math.ceil(n / _PIECE))
+            image_features = torch.cat(
+                [self._image_features(self.held_pictures.batch(rows, None)) for rows in pieces]
+            )
+            captions = np.arange(len(self.held_captions))
+            text_features = self._text_features(self.held_captions, captions)
+        else:
+            image_features = self.cached["held_out.image.0"]
+            text_features = self.cached["held_out.text"]
+        images = self.model.project_images(image_features).cpu().numpy()
+        texts = self.model.project_texts(text_features).cpu().numpy()
+        self.model.load_state_dict(current)
+        return images, texts
+
+    def measure(self, epoch: int, loss: float, started: float) -> EpochLog:
+        """The epoch's record; better weights than any before are kept."""
+        images, texts = self.held_out()
+        picture = self.held_captions.picture
+        metrics = retrieval_metrics(images, texts, picture)
+        log = EpochLog(
+            epoch=epoch,
+            loss=loss,
+            seconds=time.monotonic() - started,
+            logit_scale=self.model.logit_scale.item(),
+            alignment=alignment(images[picture], texts),
+            uniformity=(uniformity(images) + uniformity(texts)) / 2,
+            modality_gap=modality_gap(images, texts),
+            metrics=metrics,
+        )
+        if not self.log or metrics["rsum"] > max(e["metrics"]["rsum"] for e in self.log):
+            self.best = {k: v.clone() for k, v in self.average.items()}
+        self.log.append(asdict(log))
+        return log
+
+    # ── going on after a kill ──────────────────────────────────────────────────────────────────
+
+    def save(self) -> None:
+        """Everything needed to go on, as safetensors and JSON, replaced in one step."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        tensors |= {f"best.{k}": v for k, v in self.best.items()}
+        state = self.optimizer.state_dict()
+        for index, values in state["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+        self.partial.mkdir(parents=True, exist_ok=True)
+        temporary = self.partial / "state.tmp"
+        save_file(
+            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
+            temporary,
+            {"log": json.dumps(self.log), "config": json.dumps(asdict(self.config))},
+        )
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(self.partial / "state.safetensors")
+
+    def resume(self) -> None:
+        """Take up the state of an earlier run with the same settings, if there is one."""
+        path = self.partial / "state.safetensors"
+        if not path.is_file():
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            meta = file.metadata()
+            if json.loads(meta["config"]) != asdict(self.config):
+                raise UsageError(
+                    f"{self.partial}: left by a run with other settings; remove it to start anew"
+                )
+            parts: dict[str, dict[str, Tensor]] = {}
+            for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                kind, _, name = key.partition(".")
+                parts.setdefault(kind, {})[name] = file.get_tensor(key)
+        self.log = json.loads(meta["log"])
+        self.model.load_state_dict(parts["model"])
+        self.average = {k: v.to(self.device) for k, v in parts["average"].items()}
+        self.best = parts["best"]
+        state = self.optimizer.state_dict()
+        for key, value in parts.get("optimizer", {}).items():
+            index, _, name = key.partition(".")
+            state["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(state)
+        for _ in range(len(self.log) * self.steps_per_epoch):
+            self.schedule.step()
+
+    def is_over(self) -> bool:
+        """All epochs done, or no better held-out rSum for `patience` epochs."""
+        sums = [entry["metrics"]["rsum"] for entry in self.log]
+        stale = len(sums) - 1 - int(np.argmax(sums)) if sums else 0
+        return len(sums) >= self.config.epochs or stale >= self.config.patience
+
+
+def train(
+    datasets: Sequence[Path],
+    out: Path,
+    config: TrainConfig,
+    *,
+    cache: Path,
+    on_epoch: Callable[[EpochLog], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Train on captioned folders and write the best checkpoint, by held-out rSum, to `out`.
+
+    The same settings on the same data and machine give the same weights. A run that was killed goes
+    on from its last whole epoch when it is started again.
+
+    Args:
+        datasets: folders that `retriever.data.read_pairs` can read.
+        out: the checkpoint folder; replaced only when training is done.
+        config: the settings.
+        cache: folder for decoded pixels and tower features; may be deleted at any time.
+        on_epoch: called with each epoch's record.
+        progress: called with (steps done, steps of this epoch).
+        warn: called with a sentence for each picture that cannot be read.
+
+    Returns:
+        The log: one record an epoch, as `EpochLog`.
+
+    Raises:
+        UsageError: too little data, or another run's state lies at `out`.partial.
+        EncoderError: pretrained weights that cannot be read.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    train_pairs, held_out_pairs = split_pairs(datasets, config.seed)
+    captions = [caption.text for pair in train_pairs for caption in pair.captions]
+    model, tokenizer = build(config, captions)
+    if config.image_tower == "cnn" or config.text_tower == "gru":
+        config = replace(config, finetune=True)  # nothing frozen to take features from
+    run = _Run(config, model, tokenizer, out, cache, train_pairs, held_out_pairs, warn)
+    run.resume()
+    while not run.is_over():
+        started = time.monotonic()
+        loss = run.train_epoch(len(run.log), progress)
+        entry = run.measure(len(run.log), loss, started)
+        run.save()
+        if on_epoch:
+            on_epoch(entry)
+    model.load_state_dict(run.best)
+    data = {"datasets": [d.name for d in datasets], "pictures": len(run.pictures)}
+    data |= {"captions": len(run.captions), "held_out": len(run.held_pictures)}
+    training = {"config": asdict(config), "data": data}
+    save_checkpoint(out, model.cpu().eval(), tokenizer, {"training": training, "log": run.log})
+    shutil.rmtree(run.partial)
+    return run.log
