@@ -35,8 +35,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def load_backbone(tower: BackboneTower, architecture: str, path: Path) -> None:
     """Put a state dict of the architecture into the tower, whose BatchNorms are folded already.
 
-    Names may differ (the weights of another implementation of the same network): then tensors are
-    matched in order, and every shape must agree.
+    Names may differ (the weights of another implementation of the same network): then the tensors
+    of a .pth file are matched in order, and every shape must agree. A .safetensors file sorts its
+    tensors, so there the names must be timm's.
     """
     import timm
 

@@ -224,7 +224,6 @@ class _Run:
             self._cache_features(cache)
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=(0.9, 0.98))
         self.steps_per_epoch = max(len(self.pictures) // config.batch_size, 1)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
@@ -261,7 +260,7 @@ class _Run:
                 ]
                 if lr and parameters:
                     decay = config.weight_decay if decays else 0.0
-                    groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
+                    groups.append({"params": parameters, "peak_lr": lr, "weight_decay": decay})
         return groups
 
     # ── frozen features ────────────────────────────────────────────────────────────────────────
@@ -400,13 +399,15 @@ class _Run:
         self.model.train()
         losses = []
         for step, (rows, drawn, pixels) in enumerate(self._batches(epoch)):
+            done = epoch * self.steps_per_epoch + step
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * self._lr_factor(done)
             loss = self._loss(rows, drawn, pixels, epoch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
-            self.schedule.step()
-            self._update_average(epoch * self.steps_per_epoch + step)
+            self._update_average(done)
             losses.append(loss.item())
             if progress:
                 progress(step + 1, self.steps_per_epoch)
@@ -501,8 +502,6 @@ class _Run:
             index, _, name = key.partition(".")
             state["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(state)
-        for _ in range(len(self.log) * self.steps_per_epoch):
-            self.schedule.step()
 
     def is_over(self) -> bool:
         """All epochs done, or no better held-out rSum for `patience` epochs."""

@@ -1,0 +1,244 @@
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from retriever.checkpoints import load_checkpoint
+from retriever.errors import EncoderError, UsageError
+from retriever.samples import augment, split_pairs
+from retriever.training import TrainConfig, train
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "grey": (128,) * 3}
+TINY = TrainConfig(
+    image_tower="cnn", text_tower="gru", image_size=32, dim=16, epochs=3, batch_size=8, threads=1
+)
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory):
+    """40 pictures of four colours, each in ten shades; two captions each; no split."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    lines = []
+    for name, colour in COLOURS.items():
+        for i in range(10):
+            noise = rng.integers(-20, 20, (32, 32, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"{name}{i}.png")
+            record = {"file": f"{name}{i}.png", "captions": [f"all {name}", f"a {name} square"]}
+            lines.append(json.dumps(record))
+    (root / "captions.jsonl").write_text("\n".join(lines), "utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def trained(colours, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "tiny.ckpt"
+    train([colours], out, TINY, cache=out.parent / "cache")
+    return out
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder)[0].state_dict()
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def test_training_learns_the_colours(colours, tmp_path):
+    lines = (colours / "captions.jsonl").read_text("utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        # One picture of each colour is held out, so that 100 % recall means: all colours known.
+        record["split"] = "val" if record["file"][-5] == "0" else "train"
+    shutil.copytree(colours, tmp_path / "d")
+    (tmp_path / "d" / "captions.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
+    config = replace(TINY, epochs=40, patience=40, lr=3e-3, image_lr=3e-3, text_lr=3e-3)
+    log = train([tmp_path / "d"], tmp_path / "c.ckpt", config, cache=tmp_path)
+    assert max(entry["metrics"]["rsum"] for entry in log) == 600
+    model, tokenizer = load_checkpoint(tmp_path / "c.ckpt")
+    pixels = torch.tensor(list(COLOURS.values()), dtype=torch.uint8)[:, None, None, :]
+    images = model.encode_images(pixels.expand(-1, 32, 32, -1))
+    ids = torch.tensor([tokenizer.encode(f"all {name}").ids for name in COLOURS])
+    texts = model.encode_texts(ids, torch.ones_like(ids))
+    assert (texts @ images.T).argmax(dim=1).tolist() == [0, 1, 2, 3]
+
+
+def test_every_epoch_is_logged_with_recall_and_diagnostics(trained):
+    log = json.loads((trained / "log.json").read_text("utf-8"))
+    assert [entry["epoch"] for entry in log] == [0, 1, 2]
+    for entry in log:
+        assert {"t2i_r@1", "t2i_r@5", "t2i_r@10", "i2t_r@1", "rsum"} <= entry["metrics"].keys()
+        assert 0 <= entry["alignment"] <= 4
+        assert entry["uniformity"] <= 0
+        assert entry["modality_gap"] >= 0
+    settings = json.loads((trained / "training.json").read_text("utf-8"))
+    assert settings["config"]["epochs"] == 3
+    assert settings["data"]["pictures"] == 36
+
+
+def test_same_seed_same_weights_other_seed_other_weights(colours, trained, tmp_path):
+    train([colours], tmp_path / "again.ckpt", TINY, cache=tmp_path)
+    assert_same_weights(trained, tmp_path / "again.ckpt")
+    train([colours], tmp_path / "other.ckpt", replace(TINY, seed=1, epochs=1), cache=tmp_path)
+    same = weights(trained)["image_projection.linear.weight"]
+    assert not torch.equal(same, weights(tmp_path / "other.ckpt")["image_projection.linear.weight"])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_undisturbed(colours, trained, tmp_path):
+    out = tmp_path / "killed.ckpt"
+
+    def kill(entry):
+        if entry.epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train([colours], out, TINY, cache=tmp_path, on_epoch=kill)
+    assert not out.exists()
+    seen = []
+    train([colours], out, TINY, cache=tmp_path, on_epoch=lambda entry: seen.append(entry.epoch))
+    assert seen == [2]
+    assert_same_weights(trained, out)
+    assert [p.name for p in tmp_path.glob("killed*")] == ["killed.ckpt"]
+
+
+def test_state_of_a_run_with_other_settings_is_not_taken_up(colours, tmp_path):
+    def kill(entry):
+        raise Killed
+
+    with pytest.raises(Killed):
+        train([colours], tmp_path / "a.ckpt", TINY, cache=tmp_path, on_epoch=kill)
+    with pytest.raises(UsageError, match=r"a\.ckpt\.partial: left by a run with other settings"):
+        train([colours], tmp_path / "a.ckpt", replace(TINY, lr=1e-4), cache=tmp_path)
+
+
+def test_stops_early_when_held_out_recall_no_longer_rises(colours, tmp_path):
+    config = replace(TINY, epochs=50, patience=2, lr=1e-9, image_lr=1e-9, text_lr=1e-9)
+    log = train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
+    sums = [entry["metrics"]["rsum"] for entry in log]
+    assert len(log) < 50
+    assert len(sums) - 1 - int(np.argmax(sums)) == 2
+
+
+def test_checkpoint_gives_the_same_embeddings_in_another_process(trained, tmp_path):
+    model, _ = load_checkpoint(trained)
+    pixels = torch.arange(32 * 32 * 3, dtype=torch.uint8).view(1, 32, 32, 3)
+    ids = torch.tensor([[2, 3, 4]])
+    with torch.inference_mode():
+        here = model.encode_images(pixels), model.encode_texts(ids, torch.ones_like(ids))
+    code = f"""
+import torch, numpy as np
+from pathlib import Path
+from retriever.checkpoints import load_checkpoint
+model, _ = load_checkpoint(Path({str(trained)!r}))
+pixels = torch.arange(32 * 32 * 3, dtype=torch.uint8).view(1, 32, 32, 3)
+ids = torch.tensor([[2, 3, 4]])
+with torch.inference_mode():
+    rows = [model.encode_images(pixels), model.encode_texts(ids, torch.ones_like(ids))]
+np.save({str(tmp_path / "rows.npy")!r}, torch.cat(rows).numpy())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    there = np.load(tmp_path / "rows.npy")
+    np.testing.assert_allclose(torch.cat(here).numpy(), there, atol=1e-5)
+
+
+def test_frozen_towers_are_run_once_and_stay_as_they_were(colours, trained, tmp_path):
+    config = TrainConfig(
+        init=str(trained), views=2, epochs=2, batch_size=8, captions_per_picture=1, threads=1
+    )
+    train([colours], tmp_path / "a.ckpt", config, cache=tmp_path / "cache")
+    features = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").glob("features-*.npy")}
+    assert len(features) == 5  # training pictures in two views, held-out ones in one, two of texts
+    train([colours], tmp_path / "b.ckpt", config, cache=tmp_path / "cache")
+    assert {p: p.stat().st_mtime_ns for p in features} == features
+    assert_same_weights(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    before, after = weights(trained), weights(tmp_path / "a.ckpt")
+    for name in before:
+        if "_tower." in name:
+            assert torch.equal(before[name], after[name]), name
+    name = "image_projection.linear.weight"
+    assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("objective", ["siglip", "triplet", "squared", "squared+uniformity"])
+def test_every_objective_trains(objective, colours, tmp_path):
+    config = replace(TINY, objective=objective, epochs=2, ema=0.9, token_dropout=0.1)
+    log = train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
+    assert len(log) == 2
+    assert all(np.isfinite(entry["loss"]) for entry in log)
+
+
+def test_unknown_objective_names_the_known_ones():
+    with pytest.raises(UsageError, match="unknown objective 'nce': choose from clip, siglip"):
+        TrainConfig(objective="nce")
+
+
+def dataset(root: Path, splits: list[str | None]) -> Path:
+    root.mkdir()
+    lines = []
+    for i, split in enumerate(splits):
+        Image.new("RGB", (8, 8), (i, i, i)).save(root / f"{i}.png")
+        record = {"file": f"{i}.png", "captions": [f"number {i}"]}
+        lines.append(json.dumps(record | ({"split": split} if split else {})))
+    (root / "captions.jsonl").write_text("\n".join(lines), "utf-8")
+    return root
+
+
+def test_test_pictures_are_never_trained_on_and_val_pictures_are_held_out(tmp_path):
+    folder = dataset(tmp_path / "d", ["train", "train", None, "val", "test", "test"])
+    train_pairs, held_out = split_pairs([folder], 0)
+    assert [pair.file for pair in train_pairs] == ["0.png", "1.png", "2.png"]
+    assert [pair.file for pair in held_out] == ["3.png"]
+
+
+def test_without_a_val_split_a_tenth_is_held_out(tmp_path):
+    folder = dataset(tmp_path / "d", [None] * 30)
+    train_pairs, held_out = split_pairs([folder], 0)
+    assert len(held_out) == 3
+    assert not {p.file for p in train_pairs} & {p.file for p in held_out}
+    assert split_pairs([folder], 0) == (train_pairs, held_out)
+
+
+def test_too_few_pairs_are_refused(tmp_path):
+    folder = dataset(tmp_path / "d", ["train", "test"])
+    with pytest.raises(UsageError, match="fewer than two pictures"):
+        split_pairs([folder], 0)
+
+
+def test_an_unreadable_picture_is_named_and_left_out(colours, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(colours, folder)
+    (folder / "red0.png").write_bytes(b"no picture")
+    named = []
+    config = replace(TINY, epochs=1)
+    train([folder], tmp_path / "a.ckpt", config, cache=tmp_path, warn=named.append)
+    assert len(named) == 1
+    assert "red0.png" in named[0]
+
+
+def test_augmentation_keeps_the_shape_and_follows_the_seed():
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    views = [augment(pixels, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert all(view.shape == (16, 16, 3) and view.dtype == np.uint8 for view in views)
+    assert np.array_equal(views[0], views[1])
+    assert not np.array_equal(views[0], views[2])
+
+
+def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
+    with pytest.raises(EncoderError, match="not a checkpoint that can be loaded"):
+        load_checkpoint(tmp_path)
