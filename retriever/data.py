@@ -444,8 +444,8 @@ def read_image(path: Path, *, target: int | None = None, max_pixels: int = MAX_P
 
     Args:
         path: the content decides what it is, not the name: a PNG called .jpg is read.
-        target: the side in pixels that the caller will resize to. A JPEG is then decoded at a
-            half, quarter or eighth, but with neither side below twice the target.
+        target: the side in pixels that the caller will resize to. The picture is then made
+            smaller by a whole factor, but with neither side below twice the target.
         max_pixels: a picture whose header states more is refused before it is decoded.
 
     Raises:

@@ -184,7 +184,8 @@ def date_taken(image: ImageFile.ImageFile) -> datetime | None:
 def upright_rgb(image: ImageFile.ImageFile, target: int | None) -> tuple[Image.Image, int, int]:
     """The decoded picture, upright, without metadata; width and height of the file's, upright.
 
-    With a `target` in pixels a JPEG is decoded smaller, with no side below twice the target.
+    With a `target` in pixels the picture is made smaller, a JPEG as it is decoded, with no side
+    below twice the target: that bounds the memory of whoever holds many.
     """
     width, height = image.size
     try:
@@ -195,6 +196,8 @@ def upright_rgb(image: ImageFile.ImageFile, target: int | None) -> tuple[Image.I
         image.draft(None, (2 * target, 2 * target))
     image.load()
     rgb = _rgb(image)
+    if target is not None and (factor := min(rgb.size) // (2 * target)) > 1:
+        rgb = rgb.reduce(factor)
     # Pillow turns a TIFF by itself, and states its upright size from the start.
     if orientation in _UPRIGHT and image.format != "TIFF":
         rgb = rgb.transpose(_UPRIGHT[orientation])

@@ -16,7 +16,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -339,13 +339,7 @@ class _Run:
         return formers.pop(0)
 
     def _read(self, path: Path) -> Decoded:
-        side = self.encoder().image_size
-        decoded = read_image(path, target=side)
-        # A JPEG is decoded small; other formats are made so here, or a batch of them would not
-        # fit in memory: a picture of 24 megapixels takes 72 MB.
-        if (factor := min(decoded.image.size) // (2 * side)) > 1:
-            return replace(decoded, image=decoded.image.reduce(factor))
-        return decoded
+        return read_image(path, target=self.encoder().image_size)
 
     def _settle(self, batch: Sequence[_Job]) -> None:
         """Encodes what a batch needs, then writes all of it in one transaction."""

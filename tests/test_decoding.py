@@ -396,3 +396,13 @@ def test_threads_decode_side_by_side_without_warnings_and_leave_no_filter(tmp_pa
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(read, range(4))) == [[48] * 20] * 4
     assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_large_picture_is_made_smaller_but_never_below_twice_the_target(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (900, 600), "red").save(path)
+    decoded = read_image(path, target=50)
+    assert (decoded.width, decoded.height) == (900, 600)
+    assert 100 <= min(decoded.image.size) < 200
+    assert decoded.image.width / decoded.image.height == pytest.approx(1.5, abs=0.02)
