@@ -6,8 +6,9 @@ asked for.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -15,16 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from retriever.errors import EncoderError, PictureError, UsageError
+from retriever.errors import EncoderError, MissingExtraError, PictureError, UsageError
+from retriever.models import DEFAULT_MODEL, MINI_FOLDER, ModelInfo, list_models
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
+
+    from retriever.towers import DualEncoder
+
+__all__ = [
+    "CheckpointEncoder",
+    "Encoder",
+    "ImageInput",
+    "ModelInfo",
+    "OnnxEncoder",
+    "list_models",
+    "load_encoder",
+]
 
 Array = NDArray[Any]
 ImageInput = Image.Image | Path | Array
 T = TypeVar("T")
 
-MINI_FOLDER = Path(__file__).parent / "mini"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 RESIZE_MODES = ("squash", "shortest")
 INTERPOLATIONS = {
@@ -82,13 +96,13 @@ class Encoder(Protocol):
 
 
 def load_encoder(
-    name: str = "mini", *, device: str = "auto", threads: int | None = None
+    name: str = DEFAULT_MODEL, *, device: str = "auto", threads: int | None = None
 ) -> Encoder:
     """The encoder that `name` stands for.
 
     Args:
-        name: "mini"; a folder with ONNX files, with a checkpoint of ours or with an open_clip model;
-            or open_clip's "ARCH/PRETRAINED", where PRETRAINED is a tag or a file of weights.
+        name: "mini"; a folder with ONNX files, a checkpoint of ours or an open_clip model; or
+            open_clip's "ARCH/PRETRAINED", where PRETRAINED is a tag or a file of weights.
         device: "auto", "cpu", "cuda" or "mps"; "auto" takes the fastest that is there.
         threads: CPU threads for one operation; None leaves it to the engine.
 
@@ -99,11 +113,24 @@ def load_encoder(
     """
     if device not in DEVICES:
         raise UsageError(f"no device is called {device!r}: choose one of {', '.join(DEVICES)}")
-    if name == "mini":
+    if name == DEFAULT_MODEL:
         return OnnxEncoder(MINI_FOLDER, device=device, threads=threads)
+    from retriever import openclip  # which builds on this module
+
     folder = Path(name).expanduser()
-    if (folder / "image.onnx").is_file() or (folder / "text.onnx").is_file():
-        return OnnxEncoder(folder, device=device, threads=threads)
+    if folder.is_dir():
+        if (folder / "image.onnx").is_file() or (folder / "text.onnx").is_file():
+            return OnnxEncoder(folder, device=device, threads=threads)
+        if (folder / openclip.CONFIG_FILE).is_file():
+            return openclip.OpenClipEncoder(name, device=device, threads=threads)
+        if (folder / "model.safetensors").is_file():
+            return CheckpointEncoder(folder, device=device, threads=threads)
+        raise EncoderError(
+            f"{folder} holds no model: no image.onnx and text.onnx, no {openclip.CONFIG_FILE}, "
+            f"no model.safetensors"
+        )
+    if "/" in name:
+        return openclip.OpenClipEncoder(name, device=device, threads=threads)
     raise EncoderError(f"no model is called {name!r}: `retriever models` lists what can be used")
 
 
@@ -138,10 +165,9 @@ class OnnxEncoder:
     def _tokenizer(self) -> "Tokenizer":
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_buffer(self._checked_file("tokenizer.json"))
-        tokenizer.no_padding()
-        tokenizer.enable_truncation(self.max_text_tokens)
-        return tokenizer
+        return _without_padding(
+            Tokenizer.from_buffer(self._checked_file("tokenizer.json")), self.max_text_tokens
+        )
 
     @cached_property
     def _image_session(self) -> Any:
@@ -153,28 +179,21 @@ class OnnxEncoder:
 
     def encode_images(self, images: Sequence[ImageInput]) -> Array:
         """Embeddings of pictures: (n, d) float32 unit rows; see `Encoder.encode_images`."""
-        image = self.config["image"]
         rows = [np.empty((0, self.dim), np.float32)]
-        for batch in _batches(images, IMAGE_BATCH):
-            pixels = np.stack(
-                [
-                    to_pixels(one, self.image_size, image["resize"], image["interpolation"])
-                    for one in batch
-                ]
-            )
+        for batch in batches(images, IMAGE_BATCH):
+            pixels = _stacked_pixels(batch, self.config["image"])
             rows += self._image_session.run(["embeddings"], {"pixels": pixels})
         return checked_embeddings(np.concatenate(rows), len(images), self.dim, self.name)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         """Embeddings of texts: (n, d) float32 unit rows; see `Encoder.encode_texts`."""
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        embeddings = np.empty((len(ids), self.dim), np.float32)
-        # Texts of like length run together, so that short ones are not padded to the longest.
-        by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-        for batch in _batches(by_length, TEXT_BATCH):
-            input_ids, mask = padded([ids[row] for row in batch])
+
+        def run(input_ids: Array, mask: Array) -> Array:
             feed = {"input_ids": input_ids, "attention_mask": mask}
-            embeddings[batch] = self._text_session.run(["embeddings"], feed)[0]
+            rows: Array = self._text_session.run(["embeddings"], feed)[0]
+            return rows
+
+        embeddings = _encode_by_length(token_ids(self._tokenizer, texts), self.dim, run)
         return checked_embeddings(embeddings, len(texts), self.dim, self.name)
 
     def verify(self) -> list[str]:
@@ -213,14 +232,116 @@ class OnnxEncoder:
         # Idle threads that spin take the cores from the decoding of the next pictures.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers = ["CUDAExecutionProvider"] if wants_cuda else []
+        contents = self._checked_file(file)
         try:
             return onnxruntime.InferenceSession(
-                self._checked_file(file), options, providers=[*providers, "CPUExecutionProvider"]
+                contents, options, providers=[*providers, "CPUExecutionProvider"]
             )
         except Exception as exc:  # onnxruntime's own errors share no base but Exception
-            if isinstance(exc, EncoderError):
-                raise
-            raise EncoderError(f"{self.folder / file} cannot be run: {exc}") from exc
+            raise EncoderError(f"{self.folder / file} cannot be run: {first_line(exc)}") from exc
+
+
+class CheckpointEncoder:
+    """A checkpoint that training wrote, run by torch; read when something is first encoded."""
+
+    def __init__(self, folder: Path, *, device: str = "auto", threads: int | None = None) -> None:
+        need_models_extra(f"the checkpoint {folder}", "torch")
+        self.folder = folder
+        self.name = folder.name
+        path = folder / "config.json"
+        try:
+            self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            self.dim: int = self.config["dim"]
+            self.image_size: int = self.config["image"]["size"]
+            self.max_text_tokens: int = self.config["text"]["max_tokens"]
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise EncoderError(f"{path} does not describe a checkpoint of ours: {exc!r}") from exc
+        self._device = device
+        self._threads = threads
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of weights, tokenizer and config; beside the import of torch it takes no time."""
+        try:
+            files = {
+                file: digest((self.folder / file).read_bytes())
+                for file in ("model.safetensors", "tokenizer.json")
+            }
+        except OSError as exc:
+            raise EncoderError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
+        return fingerprint_of(self.config | {"files": files})
+
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """The tokens that the text tower knows."""
+        return frozenset(self._loaded[1].get_vocab())
+
+    @cached_property
+    def _loaded(self) -> tuple["DualEncoder", "Tokenizer", "torch.device"]:
+        from retriever.checkpoints import load_checkpoint
+
+        device = torch_device(self._device, self._threads)
+        model, tokenizer = load_checkpoint(self.folder)
+        return model.to(device), _without_padding(tokenizer, self.max_text_tokens), device
+
+    def encode_images(self, images: Sequence[ImageInput]) -> Array:
+        """Embeddings of pictures: (n, d) float32 unit rows; see `Encoder.encode_images`."""
+        import torch
+
+        model, _, device = self._loaded
+        rows = [np.empty((0, self.dim), np.float32)]
+        with torch.inference_mode():
+            for batch in batches(images, IMAGE_BATCH):
+                pixels = torch.from_numpy(_stacked_pixels(batch, self.config["image"]))
+                rows.append(model.encode_images(pixels.to(device)).cpu().numpy())
+        return checked_embeddings(np.concatenate(rows), len(images), self.dim, self.name)
+
+    def encode_texts(self, texts: Sequence[str]) -> Array:
+        """Embeddings of texts: (n, d) float32 unit rows; see `Encoder.encode_texts`."""
+        import torch
+
+        model, tokenizer, device = self._loaded
+
+        def run(input_ids: Array, mask: Array) -> Array:
+            inputs = [torch.from_numpy(part).to(device) for part in (input_ids, mask)]
+            rows: Array = model.encode_texts(*inputs).cpu().numpy()
+            return rows
+
+        with torch.inference_mode():
+            embeddings = _encode_by_length(token_ids(tokenizer, texts), self.dim, run)
+        return checked_embeddings(embeddings, len(texts), self.dim, self.name)
+
+
+def need_models_extra(what: str, module: str) -> None:
+    """Raises MissingExtraError, naming `what`, if `module` is not installed; imports nothing."""
+    if find_spec(module) is None:
+        raise MissingExtraError(what, "models")
+
+
+def torch_device(name: str, threads: int | None = None) -> "torch.device":
+    """The device for `name`, tried out; "auto" is CUDA, else Apple's MPS, else the CPU.
+
+    `threads`, if given, sets torch's CPU threads, which are those of the whole process.
+
+    Raises:
+        EncoderError: torch cannot use it here.
+    """
+    import torch
+
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as exc:
+        raise EncoderError(f"torch cannot use {name} here: {first_line(exc)}") from exc
+
+
+def first_line(exc: BaseException) -> str:
+    """What an error says, short enough for a sentence of ours."""
+    return (str(exc) or type(exc).__name__).splitlines()[0][:300]
 
 
 _WAY_OUT = "export or install the model again"
@@ -298,6 +419,12 @@ def to_pixels(image: ImageInput, size: int, resize: str, interpolation: str) -> 
     return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
+def _stacked_pixels(images: Sequence[ImageInput], config: Mapping[str, Any]) -> Array:
+    """(b, size, size, 3) uint8, made as the `image` part of a model's config says."""
+    size, resize, interpolation = config["size"], config["resize"], config["interpolation"]
+    return np.stack([to_pixels(image, size, resize, interpolation) for image in images])
+
+
 def open_picture(image: ImageInput, *, target: int) -> Image.Image:
     """An RGB picture from whatever stands for one; `target` is the side needed of it in pixels."""
     if isinstance(image, Path):
@@ -314,15 +441,35 @@ def open_picture(image: ImageInput, *, target: int) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def padded(ids: Sequence[Sequence[int]]) -> tuple[Array, Array]:
-    """Token ids and mask of a batch, both (b, t) int64, t being the longest text's length."""
-    length = max(1, *(len(one) for one in ids))
-    input_ids = np.zeros((len(ids), length), np.int64)
-    mask = np.zeros((len(ids), length), np.int64)
-    for row, one in enumerate(ids):
-        input_ids[row, : len(one)] = one
-        mask[row, : len(one)] = 1
-    return input_ids, mask
+def token_ids(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text; one without any token reads as the padding token, as in training."""
+    return [encoding.ids or [0] for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def _without_padding(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
+    """The tokenizer, cutting texts at `max_tokens` and leaving the padding to us."""
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    return tokenizer
+
+
+def _encode_by_length(
+    ids: Sequence[Sequence[int]], dim: int, run: Callable[[Array, Array], Array]
+) -> Array:
+    """(n, d) rows of `run(input_ids, mask)`, whose two inputs are (b, t) int64.
+
+    Texts of like length run together, so that short ones are not padded to the longest of all.
+    """
+    embeddings = np.empty((len(ids), dim), np.float32)
+    by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for batch in batches(by_length, TEXT_BATCH):
+        input_ids = np.zeros((len(batch), len(ids[batch[-1]])), np.int64)
+        mask = np.zeros_like(input_ids)
+        for place, row in enumerate(batch):
+            input_ids[place, : len(ids[row])] = ids[row]
+            mask[place, : len(ids[row])] = 1
+        embeddings[batch] = run(input_ids, mask)
+    return embeddings
 
 
 def checked_embeddings(embeddings: Array, n: int, dim: int, name: str) -> Array:
@@ -342,6 +489,7 @@ def checked_embeddings(embeddings: Array, n: int, dim: int, name: str) -> Array:
     return embeddings
 
 
-def _batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+def batches(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """The items in order, `size` at a time."""
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
