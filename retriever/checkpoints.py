@@ -32,8 +32,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise EncoderError(f"{path}: not a file of weights that can be read ({exc})") from exc
 
 
-def load_backbone(tower: BackboneTower, architecture: str, path: Path) -> None:
-    """Put a state dict of the architecture into the tower, whose BatchNorms are folded already.
+def load_backbone(tower: BackboneTower, architecture: str, weights_from: str) -> None:
+    """Put weights of the architecture into the tower, whose BatchNorms are folded already.
+
+    `weights_from` is a file, or "timm" for the ones that timm downloads.
 
     Names may differ (the weights of another implementation of the same network): then the tensors
     of a .pth file are matched in order, and every shape must agree. A .safetensors file sorts its
@@ -41,23 +43,42 @@ def load_backbone(tower: BackboneTower, architecture: str, path: Path) -> None:
     """
     import timm
 
-    plain: Any = timm.create_model(architecture).eval()
-    weights = load_tensors(path)
-    wanted = plain.state_dict()
-    if weights.keys() != wanted.keys():
-        shapes = [tuple(t.shape) for t in weights.values()]
-        if shapes != [tuple(t.shape) for t in wanted.values()]:
-            raise EncoderError(f"{path}: these are not the weights of {architecture}")
-        weights = dict(zip(wanted, weights.values(), strict=True))
-    plain.load_state_dict(weights)
+    if weights_from == "timm":
+        try:
+            plain: Any = timm.create_model(architecture, pretrained=True).eval()
+        except Exception as exc:  # the hub's client has many kinds of failure, none of them ours
+            raise EncoderError(
+                f"timm cannot get the weights of {architecture} ({exc}): check the network, or "
+                "give a file of weights"
+            ) from exc
+    else:
+        plain = timm.create_model(architecture).eval()
+        weights, wanted = load_tensors(Path(weights_from)), plain.state_dict()
+        if weights.keys() != wanted.keys():
+            shapes = [tuple(t.shape) for t in weights.values()]
+            if shapes != [tuple(t.shape) for t in wanted.values()]:
+                raise EncoderError(f"{weights_from}: these are not the weights of {architecture}")
+            weights = dict(zip(wanted, weights.values(), strict=True))
+        plain.load_state_dict(weights)
     plain.reset_classifier(0)
     fold_batch_norms(plain)
     tower.backbone.load_state_dict(plain.state_dict())
 
 
-def load_bert(tower: TransformerTower, path: Path) -> None:
-    """Put BERT's tensors, under the names that they have everywhere, into our layers."""
+def _bert_tensors(path: Path) -> dict[str, Tensor]:
     weights = {name.removeprefix("bert."): t for name, t in load_tensors(path).items()}
+    if "encoder.layer.0.attention.self.query.weight" not in weights:
+        raise EncoderError(f"{path}: these are not the weights of a BERT-like encoder")
+    return weights
+
+
+def load_bert(tower: TransformerTower, path: Path) -> None:
+    """Put BERT's tensors, under the names that they have everywhere, into our layers.
+
+    Raises:
+        EncoderError: the file holds no BERT, or one with too few positions.
+    """
+    weights = _bert_tensors(path)
     positions = weights["embeddings.position_embeddings.weight"]
     if len(positions) < tower.positions.num_embeddings:
         raise EncoderError(f"{path}: has positions for {len(positions)} tokens only")
@@ -86,8 +107,12 @@ def load_bert(tower: TransformerTower, path: Path) -> None:
 
 
 def bert_shape(path: Path) -> dict[str, int]:
-    """The sizes that a BERT state dict shows; without a config.json, heads as is customary."""
-    weights = {name.removeprefix("bert."): t for name, t in load_tensors(path).items()}
+    """The sizes that a BERT state dict shows; without a config.json, heads as is customary.
+
+    Raises:
+        EncoderError: the file holds no BERT.
+    """
+    weights = _bert_tensors(path)
     vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
     layers = 1 + max(int(n.split(".")[2]) for n in weights if n.startswith("encoder.layer."))
     hidden = len(weights["encoder.layer.0.intermediate.dense.bias"])

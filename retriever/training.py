@@ -42,53 +42,12 @@ from retriever.data import Pair
 from retriever.errors import UsageError
 from retriever.metrics import alignment, modality_gap, retrieval_metrics, uniformity
 from retriever.samples import Captions, Pictures, split_pairs
+from retriever.settings import TrainConfig
 from retriever.towers import BackboneTower, DualEncoder, TransformerTower
 
-OBJECTIVES = ("clip", "siglip", "triplet", "squared", "squared+uniformity")
 # How many pictures or captions go through a tower at once. On a CPU the activations of so few stay
 # in the cache: measured, 64 pictures at a time take 26 ms each, 256 take 44.
 _PIECE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """Every setting of a training run; the whole of it is saved in the checkpoint."""
-
-    image_tower: str = "tf_efficientnet_lite0"  # an architecture of timm, or "cnn" from scratch
-    image_weights: str | None = None  # a .pth or .safetensors file; None: random weights
-    text_tower: str = "transformer"  # "transformer", "static" or "gru"
-    text_weights: str | None = None  # a folder with model.safetensors (BERT names), tokenizer.json
-    init: str | None = None  # a checkpoint to begin from, in place of the four above
-    dim: int = 384  # of the shared space
-    image_size: int = 224  # side in pixels; pictures are squashed to a square
-    max_tokens: int = 64  # longer captions are cut
-    objective: str = "clip"  # one of OBJECTIVES
-    finetune: bool = False  # train the towers too
-    freeze_stages: int = (
-        0  # fine-tuning: how many stages of the image tower, from below, stay fixed
-    )
-    train_depthwise: bool = False  # fine-tuning: 5 % of the weights, 40 % of the time
-    views: int = 1  # frozen towers: cached views of each picture, all but the first augmented
-    epochs: int = 20
-    batch_size: int = 256  # pictures
-    captions_per_picture: int = 2  # drawn anew for each batch
-    lr: float = 1e-3  # projections; peak of a cosine schedule
-    image_lr: float = 3e-4  # image tower, when fine-tuning
-    text_lr: float = 5e-5  # text tower, when fine-tuning
-    weight_decay: float = 0.05
-    warmup: float = 0.1  # share of all steps
-    dropout: float = 0.1
-    token_dropout: float = 0.0  # chance that a token is hidden from the text tower
-    ema: float = 0.0  # decay of the weight average that is evaluated and kept; 0: none
-    patience: int = 5  # epochs without a better held-out rSum before stopping
-    threads: int = 0  # 0: as torch decides
-    device: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            choices = ", ".join(OBJECTIVES)
-            raise UsageError(f"unknown objective {self.objective!r}: choose from {choices}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +140,7 @@ def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, To
         {"dim": config.dim, "dropout": config.dropout, "image": image, "text": text}
     )
     if config.image_weights and isinstance(model.image_tower, BackboneTower):
-        load_backbone(model.image_tower, config.image_tower, Path(config.image_weights))
+        load_backbone(model.image_tower, config.image_tower, config.image_weights)
     if bert and isinstance(model.text_tower, TransformerTower):
         load_bert(model.text_tower, bert)
     elif bert and config.text_tower == "static":
@@ -245,9 +204,14 @@ class _Run:
                 if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not config.train_depthwise:
                     layer.requires_grad_(False)
         groups = []
+        image_lr, text_lr = config.image_lr, config.text_lr
+        if image_lr is None:
+            image_lr = 3e-4 if config.init or config.image_weights else config.lr
+        if text_lr is None:
+            text_lr = 5e-5 if config.init or config.text_weights else config.lr
         for prefix, lr in (
-            ("image_tower.", config.image_lr if config.finetune else 0.0),
-            ("text_tower.", config.text_lr if config.finetune else 0.0),
+            ("image_tower.", image_lr if config.finetune else 0.0),
+            ("text_tower.", text_lr if config.finetune else 0.0),
             ("", config.lr),
         ):
             for decays in (True, False):
@@ -546,8 +510,8 @@ def train(
     train_pairs, held_out_pairs = split_pairs(datasets, config.seed)
     captions = [caption.text for pair in train_pairs for caption in pair.captions]
     model, tokenizer = build(config, captions)
-    if config.image_tower == "cnn" or config.text_tower == "gru":
-        config = replace(config, finetune=True)  # nothing frozen to take features from
+    if config.is_from_scratch:
+        config = replace(config, finetune=True)  # features of random towers say nothing
     run = _Run(config, model, tokenizer, out, cache, train_pairs, held_out_pairs, warn)
     run.resume()
     while not run.is_over():

@@ -52,7 +52,7 @@ def test_backbone_weights_under_other_names_are_matched_in_order(backbone, tmp_p
     state = {f"x{i}": t.clone() for i, t in enumerate(backbone.state_dict().values())}
     torch.save(state, tmp_path / "w.pth")
     tower = BackboneTower("tf_efficientnet_lite0")
-    load_backbone(tower, "tf_efficientnet_lite0", tmp_path / "w.pth")
+    load_backbone(tower, "tf_efficientnet_lite0", str(tmp_path / "w.pth"))
     pixels = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         wanted = backbone.forward_features(pixels).mean(dim=(2, 3))
@@ -63,7 +63,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     save_file({"a": torch.zeros(3)}, tmp_path / "w.safetensors")
     tower = BackboneTower("tf_efficientnet_lite0")
     with pytest.raises(EncoderError, match=r"w\.safetensors: these are not the weights"):
-        load_backbone(tower, "tf_efficientnet_lite0", tmp_path / "w.safetensors")
+        load_backbone(tower, "tf_efficientnet_lite0", str(tmp_path / "w.safetensors"))
 
 
 def bert_weights(width=32, layers=2, hidden=64, vocabulary=50, positions=16):

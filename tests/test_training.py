@@ -13,12 +13,11 @@ from PIL import Image
 from retriever.checkpoints import load_checkpoint
 from retriever.errors import EncoderError, UsageError
 from retriever.samples import augment, split_pairs
-from retriever.training import TrainConfig, train
+from retriever.settings import TrainConfig
+from retriever.training import train
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "grey": (128,) * 3}
-TINY = TrainConfig(
-    image_tower="cnn", text_tower="gru", image_size=32, dim=16, epochs=3, batch_size=8, threads=1
-)
+TINY = TrainConfig(image_size=32, dim=16, epochs=3, batch_size=8, threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +63,7 @@ def test_training_learns_the_colours(colours, tmp_path):
         record["split"] = "val" if record["file"][-5] == "0" else "train"
     shutil.copytree(colours, tmp_path / "d")
     (tmp_path / "d" / "captions.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
-    config = replace(TINY, epochs=40, patience=40, lr=3e-3, image_lr=3e-3, text_lr=3e-3)
+    config = replace(TINY, epochs=40, patience=40, lr=3e-3)
     log = train([tmp_path / "d"], tmp_path / "c.ckpt", config, cache=tmp_path)
     assert max(entry["metrics"]["rsum"] for entry in log) == 600
     model, tokenizer = load_checkpoint(tmp_path / "c.ckpt")
@@ -128,7 +127,7 @@ def test_state_of_a_run_with_other_settings_is_not_taken_up(colours, tmp_path):
 
 
 def test_stops_early_when_held_out_recall_no_longer_rises(colours, tmp_path):
-    config = replace(TINY, epochs=50, patience=2, lr=1e-9, image_lr=1e-9, text_lr=1e-9)
+    config = replace(TINY, epochs=50, patience=2, lr=1e-9)
     log = train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
     sums = [entry["metrics"]["rsum"] for entry in log]
     assert len(log) < 50
@@ -186,6 +185,20 @@ def test_every_objective_trains(objective, colours, tmp_path):
 def test_unknown_objective_names_the_known_ones():
     with pytest.raises(UsageError, match="unknown objective 'nce': choose from clip, siglip"):
         TrainConfig(objective="nce")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_tower": "lstm"}, "unknown text tower 'lstm': choose from gru, static"),
+        ({"image_weights": "w.pth"}, "image_weights need an image_tower of timm"),
+        ({"text_weights": "folder"}, "text_weights need the text_tower transformer"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**settings)
 
 
 def dataset(root: Path, splits: list[str | None]) -> Path:
