@@ -271,13 +271,9 @@ class CheckpointEncoder:
             raise EncoderError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
         return fingerprint_of(self.config | {"files": files})
 
-    @property
-    def vocabulary(self) -> frozenset[str]:
-        """The tokens that the text tower knows."""
-        return frozenset(self._loaded[1].get_vocab())
-
     @cached_property
-    def _loaded(self) -> tuple["DualEncoder", "Tokenizer", "torch.device"]:
+    def loaded(self) -> tuple["DualEncoder", "Tokenizer", "torch.device"]:
+        """The model in eval mode, its tokenizer, and the device that the model is on."""
         from retriever.checkpoints import load_checkpoint
 
         device = torch_device(self._device, self._threads)
@@ -288,7 +284,7 @@ class CheckpointEncoder:
         """Embeddings of pictures: (n, d) float32 unit rows; see `Encoder.encode_images`."""
         import torch
 
-        model, _, device = self._loaded
+        model, _, device = self.loaded
         rows = [np.empty((0, self.dim), np.float32)]
         with torch.inference_mode():
             for batch in batches(images, IMAGE_BATCH):
@@ -300,7 +296,7 @@ class CheckpointEncoder:
         """Embeddings of texts: (n, d) float32 unit rows; see `Encoder.encode_texts`."""
         import torch
 
-        model, tokenizer, device = self._loaded
+        model, tokenizer, device = self.loaded
 
         def run(input_ids: Array, mask: Array) -> Array:
             inputs = [torch.from_numpy(part).to(device) for part in (input_ids, mask)]

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from retriever.encoders import CheckpointEncoder, OnnxEncoder, digest
+from retriever.encoders import CheckpointEncoder, OnnxEncoder, digest, first_line
 from retriever.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -75,6 +75,12 @@ def export_onnx(checkpoint: Path, folder: Path, *, int8: bool = True) -> ExportR
             nothing is left behind then.
     """
     reference = CheckpointEncoder(checkpoint, device="cpu")
+    if reference.config["text"]["tower"] == "gru":
+        # torch exports packed sequences only for one fixed batch, and not those sorted on the way.
+        raise EncoderError(
+            f"{checkpoint} cannot be exported: a GRU runs in torch only; train a transformer or "
+            "static text tower"
+        )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -91,10 +97,9 @@ def export_onnx(checkpoint: Path, folder: Path, *, int8: bool = True) -> ExportR
 def _write(encoder: CheckpointEncoder, folder: Path, name: str, *, int8: bool) -> None:
     """The four files, unchecked."""
     import torch
+    from tokenizers import Tokenizer
 
-    from retriever.checkpoints import load_checkpoint
-
-    model, tokenizer = load_checkpoint(encoder.folder)
+    model, _, _ = encoder.loaded
     size = encoder.image_size
     pixels = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     length = min(5, encoder.max_text_tokens)
@@ -128,6 +133,7 @@ def _write(encoder: CheckpointEncoder, folder: Path, name: str, *, int8: bool) -
     for file, tower, inputs, axes in towers:
         _export_tower(tower.eval(), inputs, axes, folder / file)
         _compact(folder / file, int8=int8)
+    tokenizer = Tokenizer.from_file(str(encoder.folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -168,7 +174,7 @@ def _export_tower(tower: Any, inputs: Mapping[str, Any], axes: dict[int, str], p
                 dynamic_axes=dict.fromkeys(names, axes) | {"embeddings": {0: "batch"}},
             )
         except Exception as exc:  # torch's own error types differ by operator
-            raise EncoderError(f"{path.name} cannot be exported: {exc}") from exc
+            raise EncoderError(f"{path.name} cannot be exported: {first_line(exc)}") from exc
 
 
 @contextmanager
@@ -333,7 +339,7 @@ def _sample(encoder: CheckpointEncoder) -> tuple[list[Image.Image], list[str]]:
     for cells in np.tile([2, 3, 5, 8], 3):
         patches = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
         images.append(patches.resize((160, 120), Image.Resampling.BICUBIC))
-    words = sorted(encoder.vocabulary)
+    words = np.array(sorted(encoder.loaded[1].get_vocab()))
     return images, [" ".join(rng.choice(words, count)) for count in range(1, 41)]
 
 

@@ -1,0 +1,123 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COLOURS
+from PIL import Image
+from tiny_models import write_checkpoint
+
+from retriever.encoders import CheckpointEncoder, OnnxEncoder
+from retriever.errors import EncoderError
+from retriever.export import GROUP, _to_int8, export_onnx
+
+TEXTS = ["a red square", "two dog on the cat", "", "blue", "unheard words in a picture"]
+
+
+def pictures() -> list[Image.Image]:
+    return [Image.new("RGB", (40, 30), colour) for colour in COLOURS.values()]
+
+
+def test_gru_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "gru")
+    with pytest.raises(EncoderError, match="a GRU runs in torch only"):
+        export_onnx(checkpoint, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_static_tower_exports_and_answers_like_torch(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "static")
+
+    report = export_onnx(checkpoint, tmp_path / "onnx")
+
+    torch_rows = CheckpointEncoder(checkpoint, device="cpu").encode_texts(TEXTS)
+    rows = OnnxEncoder(tmp_path / "onnx").encode_texts(TEXTS)
+    assert (torch_rows * rows).sum(axis=1).min() > 1 - 1e-3
+    assert report.text_cosine_error < 1e-3
+
+
+def test_images_and_texts_agree_with_torch_in_any_batch(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    report = export_onnx(checkpoint, tmp_path / "onnx")
+    reference, exported = CheckpointEncoder(checkpoint), OnnxEncoder(tmp_path / "onnx")
+
+    rows = exported.encode_images(pictures())
+    assert (rows * reference.encode_images(pictures())).sum(axis=1).min() > 1 - 1e-3
+    one_by_one = np.concatenate([exported.encode_images([one]) for one in pictures()])
+    np.testing.assert_allclose(rows, one_by_one, atol=1e-6)  # float32 sums in another order
+    one_by_one = np.concatenate([exported.encode_texts([one]) for one in TEXTS])
+    np.testing.assert_allclose(exported.encode_texts(TEXTS), one_by_one, atol=1e-6)
+    assert report.image_cosine_error < 1e-3
+
+
+def test_files_are_whole_and_config_describes_them(tmp_path: Path) -> None:
+    folder = tmp_path / "small"
+    report = export_onnx(write_checkpoint(tmp_path / "checkpoint"), folder)
+
+    names = {"image.onnx", "text.onnx", "tokenizer.json", "config.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["image"] == {"size": 32, "resize": "squash", "interpolation": "bicubic"}
+    assert (config["name"], config["dim"], config["text"]) == ("small", 64, {"max_tokens": 12})
+    assert report.size_bytes == sum((folder / n).stat().st_size for n in names - {"config.json"})
+    assert OnnxEncoder(folder).verify() == []
+
+
+def test_int8_halves_what_float16_takes(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    small = export_onnx(checkpoint, tmp_path / "int8")
+    large = export_onnx(checkpoint, tmp_path / "half", int8=False)
+
+    weights = 2 * 64 * (3 * 64 + 64 + 2 * 128) + 64 * (64 + 128) + 128 * 64
+    scales = 2 * weights // GROUP
+    saved = large.text_bytes - small.text_bytes
+    assert saved == pytest.approx(weights - scales, rel=0.15)  # the nodes that widen take some
+    assert large.text_cosine_error < small.text_cosine_error
+
+
+def test_export_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "model"
+    export_onnx(write_checkpoint(tmp_path / "one", seed=1), folder)
+    before = OnnxEncoder(folder).fingerprint
+    export_onnx(write_checkpoint(tmp_path / "two", seed=2), folder)
+
+    assert OnnxEncoder(folder).fingerprint != before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_export_that_differs_from_torch_raises_and_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, folder = write_checkpoint(tmp_path / "checkpoint"), tmp_path / "out" / "model"
+    export_onnx(checkpoint, folder)
+    before = OnnxEncoder(folder).fingerprint
+    monkeypatch.setattr("retriever.export.MAX_COSINE_ERROR", 1e-9)
+
+    with pytest.raises(EncoderError, match=r"tower differs from torch by .* in cosine"):
+        export_onnx(checkpoint, folder)
+
+    assert OnnxEncoder(folder).fingerprint == before
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match=re.escape(str(tmp_path))):
+        export_onnx(tmp_path, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_of_hand_worked_rows() -> None:
+    values = np.array([[127.0, -63.5, 0.0], [0.0, 0.0, 0.0]], np.float32)
+    whole, scales = _to_int8(values)
+    np.testing.assert_array_equal(whole, [[127, -64, 0], [0, 0, 0]])
+    assert scales[0, 0] == 1.0
+    assert scales[1, 0] > 0
+
+
+def test_int8_is_within_half_a_step_of_the_weights() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
+    whole, scales = _to_int8(values)
+    # Rounding moves a weight by half a step at most; the scale itself is rounded to 11 bits.
+    allowed = scales.astype(np.float32) * (0.5 + 127 * 2**-11)
+    assert (np.abs(whole * scales.astype(np.float32) - values) <= allowed).all()
