@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # Largest 1 - cosine between a row of torch and of ONNX Runtime that an export may show.
 MAX_COSINE_ERROR = 1e-3
 OPSET = 17
+_FILES = ("image.onnx", "text.onnx", "tokenizer.json")
 # Weights that share a scale. Smaller groups cost more scales: 32 gain little (0.99970).
 GROUP = 64
 # Below this many values a tensor's size does not matter: biases, norms, constants.
@@ -64,7 +65,8 @@ def export_onnx(checkpoint: Path, folder: Path, *, int8: bool = True) -> ExportR
 
     Args:
         checkpoint: folder that training wrote.
-        folder: made anew; what was there is replaced once the export has been checked.
+        folder: made if absent; an older model in it is replaced once the new one is checked, and
+            other files stay.
         int8: store matrices and token vectors as int8; else as float16, twice as large.
 
     Returns:
@@ -86,9 +88,11 @@ def export_onnx(checkpoint: Path, folder: Path, *, int8: bool = True) -> ExportR
     try:
         _write(reference, temporary, folder.name, int8=int8)
         report = _checked(reference, temporary, folder)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        folder.mkdir(exist_ok=True)
+        # The description comes last: cut off before, what lies there does not match its digests
+        # and is refused rather than mixed.
+        for file in (*_FILES, "config.json"):
+            (temporary / file).replace(folder / file)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
@@ -147,10 +151,7 @@ def _write(encoder: CheckpointEncoder, folder: Path, name: str, *, int8: bool) -
             "interpolation": image["interpolation"],
         },
         "text": {"max_tokens": text["max_tokens"]},
-        "files": {
-            file: digest((folder / file).read_bytes())
-            for file in ("image.onnx", "text.onnx", "tokenizer.json")
-        },
+        "files": {file: digest((folder / file).read_bytes()) for file in _FILES},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

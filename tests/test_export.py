@@ -76,13 +76,16 @@ def test_int8_halves_what_float16_takes(tmp_path: Path) -> None:
     assert large.text_cosine_error < small.text_cosine_error
 
 
-def test_export_replaces_an_older_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_export_replaces_an_older_model_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "model"
     export_onnx(write_checkpoint(tmp_path / "one", seed=1), folder)
     before = OnnxEncoder(folder).fingerprint
+    (folder / "MODEL_CARD.md").write_text("by hand")
     export_onnx(write_checkpoint(tmp_path / "two", seed=2), folder)
 
     assert OnnxEncoder(folder).fingerprint != before
+    assert OnnxEncoder(folder).verify() == []
+    assert (folder / "MODEL_CARD.md").read_text() == "by hand"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
