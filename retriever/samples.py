@@ -32,12 +32,15 @@ def split_pairs(datasets: Sequence[Path], seed: int) -> tuple[list[Pair], list[P
                 train.append(pair)
     if not held_out:
         order = np.random.default_rng(seed).permutation(len(train))
-        size = min(max(len(train) // 10, 1), 1000)
+        size = min(max(len(train) // 10, 2), 1000)
         held_out = [train[i] for i in sorted(order[:size])]
         train = [train[i] for i in sorted(order[size:])]
-    if len(train) < 2:
+    if min(len(train), len(held_out)) < 2:
         names = ", ".join(str(d) for d in datasets)
-        raise UsageError(f"{names}: fewer than two pictures with captions to train on")
+        raise UsageError(
+            f"{names}: too few pictures with captions: {len(train)} to train on and "
+            f"{len(held_out)} to measure with, at least two of each are needed"
+        )
     return train, held_out
 
 

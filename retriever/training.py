@@ -176,8 +176,8 @@ class _Run:
         self.held_pictures = Pictures(held_out_pairs, image["size"], cache, warn)
         self.captions = Captions(self.pictures.pairs, tokenizer, text["max_tokens"])
         self.held_captions = Captions(self.held_pictures.pairs, tokenizer, text["max_tokens"])
-        if not len(self.held_pictures):
-            raise UsageError("none of the held-out pictures can be read")
+        if min(len(self.pictures), len(self.held_pictures)) < 2:
+            raise UsageError("fewer than two of the pictures can be read")
         self.cached: dict[str, Tensor] = {}
         if not config.finetune:
             self._cache_features(cache)

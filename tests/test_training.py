@@ -213,10 +213,10 @@ def dataset(root: Path, splits: list[str | None]) -> Path:
 
 
 def test_test_pictures_are_never_trained_on_and_val_pictures_are_held_out(tmp_path):
-    folder = dataset(tmp_path / "d", ["train", "train", None, "val", "test", "test"])
+    folder = dataset(tmp_path / "d", ["train", "train", None, "val", "test", "val"])
     train_pairs, held_out = split_pairs([folder], 0)
     assert [pair.file for pair in train_pairs] == ["0.png", "1.png", "2.png"]
-    assert [pair.file for pair in held_out] == ["3.png"]
+    assert [pair.file for pair in held_out] == ["3.png", "5.png"]
 
 
 def test_without_a_val_split_a_tenth_is_held_out(tmp_path):
@@ -228,8 +228,8 @@ def test_without_a_val_split_a_tenth_is_held_out(tmp_path):
 
 
 def test_too_few_pairs_are_refused(tmp_path):
-    folder = dataset(tmp_path / "d", ["train", "test"])
-    with pytest.raises(UsageError, match="fewer than two pictures"):
+    folder = dataset(tmp_path / "d", ["train", "train", "train", "val"])
+    with pytest.raises(UsageError, match="3 to train on and 1 to measure with"):
         split_pairs([folder], 0)
 
 
