@@ -39,6 +39,7 @@ from retriever.checkpoints import (
     save_checkpoint,
 )
 from retriever.data import Pair
+from retriever.encoders import torch_device
 from retriever.errors import UsageError
 from retriever.metrics import alignment, modality_gap, retrieval_metrics, uniformity
 from retriever.samples import Captions, Pictures, split_pairs
@@ -62,15 +63,6 @@ class EpochLog:
     uniformity: float
     modality_gap: float
     metrics: dict[str, float] = field(default_factory=dict)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -168,7 +160,7 @@ class _Run:
     ) -> None:
         self.config, self.model, self.tokenizer, self.out = config, model, tokenizer, out
         self.partial = out.with_name(out.name + ".partial")
-        self.device = pick_device(config.device)
+        self.device = torch_device(config.device, config.threads)
         model.to(self.device)
         model.image_tower.to(memory_format=torch.channels_last)
         image, text = model.config["image"], model.config["text"]
@@ -505,8 +497,6 @@ def train(
         UsageError: too little data, or another run's state lies at `out`.partial.
         EncoderError: pretrained weights that cannot be read.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     train_pairs, held_out_pairs = split_pairs(datasets, config.seed)
     captions = [caption.text for pair in train_pairs for caption in pair.captions]
     model, tokenizer = build(config, captions)
