@@ -1,0 +1,206 @@
+"""A small library of real photographs to try everything on: `build` makes it, `tour` asks it.
+
+The photographs are scikit-image's sample pictures, those that its wheel carries; the captions are
+ours. They are copied to a folder with a `captions.jsonl`, as a folder of one's own would be, so
+that every other command can be tried on it as well.
+"""
+
+import base64
+import html
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from retriever.errors import MissingExtraError, RetrieverError
+
+if TYPE_CHECKING:
+    from retriever.library import Library
+    from retriever.search import CaptionHit, Hit
+
+PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
+    "astronaut.png": (
+        "An astronaut in an orange space suit smiles at the camera.",
+        "A woman sits in front of an American flag and a model of the space shuttle.",
+    ),
+    "brick.png": ("A wall of bricks.", "Rows of dark bricks with light mortar between them."),
+    "camera.png": (
+        "A man in a black coat looks through a camera on a tripod.",
+        "A photographer at work on a lawn, tall buildings far behind him.",
+    ),
+    "chelsea.png": ("A tabby cat with green eyes.", "The face of a cat, looking past the camera."),
+    "coffee.png": (
+        "A cup of coffee on a saucer with a spoon.",
+        "An espresso in a red cup on a wooden table.",
+    ),
+    "coins.png": ("Old coins laid out in rows.", "Two dozen ancient coins on a dark background."),
+    "grass.png": ("Grass seen from above.", "A lawn of short, dry grass."),
+    "gravel.png": ("Gravel, seen from above.", "Hundreds of small, pale stones on the ground."),
+    "hubble_deep_field.jpg": (
+        "Countless galaxies in the black of space.",
+        "A photograph of the deep sky by a space telescope.",
+    ),
+    "moon.png": ("Craters on the surface of the moon.", "The grey, dusty ground of the moon."),
+    "motorcycle_left.png": (
+        "A red motorcycle stands in a garage.",
+        "A motorbike in front of shelves full of boxes.",
+    ),
+    "page.png": ("A printed page of a book.", "Black text on white paper, photographed."),
+    "retina.jpg": ("The inside of a human eye.", "Blood vessels on an orange retina."),
+    "rocket.jpg": (
+        "A rocket on its launch pad in the evening.",
+        "A white rocket between steel towers, lit by floodlights.",
+    ),
+}
+# The same motorcycle by the other of two cameras: a picture to ask with that is not in the library.
+QUERY_PICTURE = "motorcycle_right.png"
+TEXT_QUERIES = (
+    "a cat",
+    "something hot to drink",
+    "a man taking a photograph",
+    "stars in the night sky",
+)
+K = 4
+THUMBNAIL_SIDE = 320  # pixels
+_TEMPLATE = Path(__file__).parent / "templates" / "contact_sheet.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question of the tour with its best answers; `picture` is what was asked with, if any."""
+
+    question: str
+    picture: Path | None
+    hits: "Sequence[Hit | CaptionHit]"
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """Where `build` put the photographs, the library, and the picture to ask with."""
+
+    folder: Path
+    pictures: Path
+    library: Path
+    query: Path
+
+
+def build(folder: Path | None = None) -> Demo:
+    """The photographs with their captions in a folder; nothing is indexed yet.
+
+    Args:
+        folder: made if absent; None: a new one among the temporary files.
+
+    Raises:
+        MissingExtraError: scikit-image is not installed.
+        RetrieverError: it has not the expected sample pictures.
+    """
+    # The package is only located: importing it would take a second.
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise MissingExtraError("The demo takes its photographs from scikit-image, so it", "demo")
+    samples = Path(package.origin).parent / "data"
+    folder = folder or Path(tempfile.mkdtemp(prefix="retriever-demo-"))
+    demo = Demo(folder, folder / "pictures", folder / "demo.lib", folder / QUERY_PICTURE)
+    demo.pictures.mkdir(parents=True, exist_ok=True)
+    try:
+        for file in PHOTOGRAPHS:
+            shutil.copyfile(samples / file, demo.pictures / file)
+        shutil.copyfile(samples / QUERY_PICTURE, demo.query)
+    except FileNotFoundError as exc:
+        raise RetrieverError(
+            f"this version of scikit-image has no sample picture {Path(exc.filename).name}"
+        ) from exc
+    lines = [
+        json.dumps({"file": file, "captions": captions}) for file, captions in PHOTOGRAPHS.items()
+    ]
+    (demo.pictures / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return demo
+
+
+def tour(library: "Library", query: Path) -> list[Answer]:
+    """What the library answers to texts, to a picture, and to the question what a picture shows."""
+    answers = [Answer(f"“{text}”", None, library.search(text, k=K)) for text in TEXT_QUERIES]
+    answers.append(Answer("Pictures like this one", query, library.search(image=query, k=K)))
+    captions = library.captions_for(query, k=K)
+    answers.append(Answer("Captions that fit this picture", query, captions))
+    return answers
+
+
+def render(answers: Sequence[Answer]) -> str:
+    """The answers as a person would like to read them in a terminal."""
+    lines = []
+    for answer in answers:
+        asked = f": {answer.picture.name}" if answer.picture else ""
+        lines += ["", f"{answer.question}{asked}"]
+        for hit in answer.hits:
+            caption = hit.caption or ""
+            if _is_caption_answer(answer):
+                lines.append(f"  {hit.rank}  {hit.score:.3f}  {caption}")
+            else:
+                lines.append(f"  {hit.rank}  {hit.score:.3f}  {hit.path.name:<22} {caption}")
+    return "\n".join(lines[1:])
+
+
+def contact_sheet(answers: Sequence[Answer], pictures: Path) -> str:
+    """One HTML page with all it shows inside: every answer, then the whole folder."""
+    sections = []
+    for answer in answers:
+        asked = _figure(answer.picture, "The picture to compare with") if answer.picture else ""
+        if _is_caption_answer(answer):
+            rows = "".join(
+                f"<li>{_score(hit.score)} {html.escape(hit.caption or '')}</li>"
+                for hit in answer.hits
+            )
+            found = f'<ol class="captions">{rows}</ol>'
+        else:
+            cards = "".join(
+                _figure(hit.path, hit.caption or "", score=hit.score) for hit in answer.hits
+            )
+            found = f'<div class="cards">{cards}</div>'
+        body = f'<div class="asked">{asked}{found}</div>' if asked else found
+        sections.append(f"<section><h2>{html.escape(answer.question)}</h2>{body}</section>")
+    everything = "".join(
+        _figure(pictures / file, captions[0]) for file, captions in PHOTOGRAPHS.items()
+    )
+    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        count=len(PHOTOGRAPHS), answers="\n".join(sections), everything=everything
+    )
+
+
+def _is_caption_answer(answer: Answer) -> bool:
+    from retriever.search import CaptionHit
+
+    return any(isinstance(hit, CaptionHit) for hit in answer.hits)
+
+
+def _figure(path: Path, caption: str, *, score: float | None = None) -> str:
+    name, text = html.escape(path.name), html.escape(caption)
+    shown = _score(score) if score is not None else ""
+    return (
+        f'<figure><img src="{_thumbnail(path)}" alt="{text}" loading="lazy">'
+        f"<figcaption>{shown}<span>{text}</span><small>{name}</small></figcaption></figure>"
+    )
+
+
+def _score(score: float) -> str:
+    return (
+        f'<b class="score" title="cosine between query and answer">{score:.3f}'
+        f'<i style="width:{100 * min(max(score, 0.0), 1.0):.0f}%"></i></b>'
+    )
+
+
+def _thumbnail(path: Path) -> str:
+    """A small JPEG of the picture as a data URI."""
+    from retriever.data import read_image
+
+    image = read_image(path, target=THUMBNAIL_SIDE).image
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
