@@ -542,11 +542,9 @@ def _hash_captions(pairs: Sequence[Pair], texts: Sequence[Sequence[str]]) -> str
 
 
 def _preprocessing(encoder: Encoder) -> dict[str, Any] | None:
-    """How pictures and texts are prepared, in words, where the encoder can say it."""
-    config = getattr(encoder, "config", None)
-    if not isinstance(config, Mapping):
-        return None
-    return {part: config[part] for part in ("image", "text") if part in config}
+    """How pictures are made ready, in the words of the model's own configuration, if it has any."""
+    own = getattr(encoder, "preprocessing", None) or getattr(encoder, "config", {}).get("image")
+    return dict(own) if own else None
 
 
 def _processor() -> str:
