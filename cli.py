@@ -322,7 +322,8 @@ def _report_captions(folder: Path, captions: Path | None, as_json: bool) -> None
 
     _, report = read_pairs(folder, captions=captions)
     if as_json:
-        _print_json(asdict(report) | {"by_source": dict(report.by_source)})
+        record = {one.name: getattr(report, one.name) for one in fields(report)}
+        _print_json(record | {"by_source": dict(report.by_source)})
         return
     click.echo(_caption_summary(report))
     for problem in report.problems:
@@ -454,35 +455,43 @@ def _say_if_empty(hits: list[Any], what: str) -> None:
 
 
 @main.command()
+@click.option("--failures", is_flag=True, help="List the pictures that could not be read, and why.")
 @_library_option
 @_json_option
-def info(library_path: Path, as_json: bool) -> None:
+def info(failures: bool, library_path: Path, as_json: bool) -> None:
     """Show what a library holds and which pictures failed.
 
     \b
     Examples:
       retriever info
-      retriever info --library photos.lib --json
+      retriever info --failures --json
     """
     with _open(library_path, "auto", None) as library:
         facts = library.info()
-        failures = library.failures()
+        failed = library.failures() if failures else []
+    if failures:
+        for one in failed:
+            if as_json:
+                _print_json({"path": str(one.path), "reason": one.reason})
+            else:
+                click.echo(f"{_shown(one.path)}: {one.reason}")
+        return
     if as_json:
         _print_json(facts)
         return
+    unread = facts["failures"]
+    note = f", {unread:,} of them could not be read (--failures lists them)" if unread else ""
     model, rows = facts["model"], facts["index"]
     fingerprint = str(model["fingerprint"])[:12]
     click.echo(
         f"Library   {_shown(library.path)}\n"
         f"Model     {model['name']}, {model['dim']} dimensions, fingerprint {fingerprint}\n"
-        f"Pictures  {facts['items']:,}, of which {facts['failures']:,} could not be read\n"
+        f"Pictures  {facts['items']:,}{note}\n"
         f"Captions  {facts['captions']:,}\n"
         f"Index     exact, generation {facts['generation']}: "
         f"{rows['image']['rows']:,} picture and {rows['caption']['rows']:,} caption vectors\n"
         f"Size      {facts['size_bytes'] / 1e6:,.1f} MB on disk"
     )
-    for failure in failures:
-        click.echo(f"Failed    {_shown(failure.path)}: {failure.reason}")
 
 
 @main.command()
@@ -499,7 +508,7 @@ def verify(library_path: Path, as_json: bool) -> None:
     with _open(library_path, "auto", None) as library:
         problems = library.verify()
     if as_json:
-        _print_json({"problems": problems})
+        _print_json({"clean": not problems, "problems": problems})
     else:
         click.echo("\n".join(problems) if problems else f"No problems in {_shown(library.path)}")
     if problems:
@@ -787,7 +796,8 @@ def _models_table(models: list["ModelInfo"]) -> str:
     help="The folder for the two ONNX files; replaced if it is there.",
 )
 @click.option("--float16", is_flag=True, help="Weights of 16 bits: twice as large as of 8.")
-def prepare(checkpoint: Path, output: Path, float16: bool) -> None:
+@_json_option
+def prepare(checkpoint: Path, output: Path, float16: bool, as_json: bool) -> None:
     """Export CHECKPOINT to two ONNX files, checked against it, that run without torch.
 
     \b
@@ -798,6 +808,9 @@ def prepare(checkpoint: Path, output: Path, float16: bool) -> None:
     from retriever.export import export_onnx
 
     report = export_onnx(checkpoint, output, int8=not float16)
+    if as_json:
+        _print_json(asdict(report) | {"folder": str(output)})
+        return
     error = max(report.image_cosine_error, report.text_cosine_error)
     click.echo(
         f"{_shown(output)}: {report.size_bytes / 1e6:.1f} MB (pictures"
