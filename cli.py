@@ -378,13 +378,14 @@ def search(
       retriever search "two dogs on the beach"
       retriever search --image query.jpg -k 3 --paths
     """
-    if not text and image is None:
+    words = " ".join(text).strip() or None
+    if words is None and image is None:
         raise click.UsageError("Say what to look for: TEXT, --image FILE or both.")
     if paths and as_json:
         raise click.UsageError("--paths and --json exclude each other.")
     with _open(library_path, device, threads) as library:
         hits = library.search(
-            " ".join(text) if text else None,
+            words,
             image=image,
             text_weight=text_weight,
             image_weight=image_weight,
@@ -451,7 +452,7 @@ def caption(
 
 def _say_if_empty(hits: list[Any], what: str) -> None:
     if not hits:
-        click.echo(f"The library has {what} yet.", err=True)
+        click.echo(f"There are {what} in the library.", err=True)
 
 
 @main.command()

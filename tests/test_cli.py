@@ -93,6 +93,7 @@ def test_defaults_of_answers_wanted_are_those_of_the_library() -> None:
     [
         ["index", "nowhere"],
         ["search"],
+        ["search", " "],
         ["search", "cat", "--image", "nowhere.jpg"],
         ["search", "cat", "--paths", "--json"],
         ["search", "cat", "-k", "0"],
