@@ -34,4 +34,4 @@ common=(--cache "$work/cache" --seed 0)
     --epochs 8 --batch-size 128 --ema 0.99 --lr 3e-4 --image-lr 3e-4 --text-lr 5e-5
 
 # 3. Two ONNX files, checked against the checkpoint.
-retriever models prepare "$work/mini.ckpt" --output "$work/mini" --name mini
+retriever models prepare "$work/mini.ckpt" -o "$work/mini"

@@ -161,7 +161,7 @@ class Library:
         Args:
             folder: searched recursively; a picture that cannot be read is named in the report
                 and harms no other.
-            captions: a captions file besides those in the folder.
+            captions: a captions file, read instead of those in the folder.
             progress: called with (done, total) of the pictures that need work.
 
         Raises:
