@@ -7,7 +7,11 @@ smallest and mean cosine to torch, CPU time of a ten-token query and of 64 capti
     float32                                   92.6 MB   1.00000  1.00000    5 ms   231 ms
     onnxruntime's dynamic int8 (per channel)  23.6 MB   0.98801  0.99331    2 ms    93 ms
     int8 weights, one scale a channel         23.4 MB   0.99936  0.99963    5 ms   223 ms
-    int8 weights, one scale for 64 (ours)     23.7 MB   0.99966  0.99978    5 ms   230 ms
+    int8 weights, one scale for 64            23.7 MB   0.99966  0.99978    5 ms   230 ms
+
+Ours has a scale for every 16 weights, of matrices and of token vectors. With `mini` the largest
+1 - cosine on 400 captions falls from 1.7e-4 (64) over 1.5e-4 (32) to 1.1e-4, for 2.3 MB more; no
+recall on Flickr8k's test split moves by more than 0.1 points.
 
 Dynamic int8 also has one scale for the activations of a whole batch, so that a text's embedding
 depends on the texts beside it (by up to 0.027); ours does not.
@@ -37,8 +41,8 @@ if TYPE_CHECKING:
 MAX_COSINE_ERROR = 1e-3
 OPSET = 17
 _FILES = ("image.onnx", "text.onnx", "tokenizer.json")
-# Weights that share a scale. Smaller groups cost more scales: 32 gain little (0.99970).
-GROUP = 64
+# Weights that share a scale; smaller groups cost more scales.
+GROUP = 16
 # Below this many values a tensor's size does not matter: biases, norms, constants.
 SMALL = 1024
 
@@ -269,23 +273,30 @@ def _quantised_matrix(name: str, values: NDArray[np.float32], is_outputs_first: 
 
 
 def _quantised_rows(values: NDArray[np.float32], gather: "NodeProto") -> Parts:
-    """int8 rows of a table with one float16 scale each, and the look-up that widens them."""
+    """int8 rows of a table, a scale for each `GROUP` values, and the look-up that widens them."""
     from onnx import TensorProto, helper, numpy_helper
 
     table, indices = gather.input
     (out,) = gather.output
-    whole, scales = _to_int8(values)
+    count, width = values.shape
+    group = GROUP if width % GROUP == 0 else width
+    whole, scales = _to_int8(values.reshape(count, width // group, group))
     tensors = [
         numpy_helper.from_array(whole, f"{table}.int8"),
         numpy_helper.from_array(scales, f"{table}.scales"),
+        numpy_helper.from_array(np.array([width]), f"{table}.width"),
     ]
-    rows, wide, row_scales, scale = (f"{out}.{p}" for p in ("int8", "wide", "scales", "scale"))
+    parts = ("int8", "wide", "scales", "scale", "scaled", "places", "shape")
+    rows, wide, row_scales, scale, scaled, places, shape = (f"{out}.{part}" for part in parts)
     return tensors, [
         helper.make_node("Gather", [tensors[0].name, indices], [rows]),
         helper.make_node("Cast", [rows], [wide], to=TensorProto.FLOAT),
         helper.make_node("Gather", [tensors[1].name, indices], [row_scales]),
         helper.make_node("Cast", [row_scales], [scale], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [wide, scale], [out]),
+        helper.make_node("Mul", [wide, scale], [scaled]),
+        helper.make_node("Shape", [indices], [places]),
+        helper.make_node("Concat", [places, tensors[2].name], [shape], axis=0),
+        helper.make_node("Reshape", [scaled, shape], [out]),
     ]
 
 
