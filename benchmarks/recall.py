@@ -33,6 +33,7 @@ class Settings:
     resamples: int = 1000
     seed: int = 0
     device: str = "auto"
+    threads: int | None = None
 
 
 DEFAULTS = Settings()
@@ -63,6 +64,7 @@ def row_of(record: Mapping[str, Any]) -> list[str]:
 @click.option("--folds", default=DEFAULTS.folds, show_default=True, help="5 for COCO 1K.")
 @click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of the bootstrap.")
 @click.option("--device", default=DEFAULTS.device, show_default=True)
+@click.option("--threads", type=int, help="CPU threads for one operation; the engine's choice.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the records as JSON.")
 def main(dataset: Path, models: tuple[str, ...], out: Path | None, **options: Any) -> None:
     """Measure each --model on DATASET, a folder of captioned pictures."""
@@ -70,12 +72,12 @@ def main(dataset: Path, models: tuple[str, ...], out: Path | None, **options: An
         click.echo(f"skipped: {dataset} is not here", err=True)
         return
     settings = Settings(**options)
-    protocol = {name: value for name, value in options.items() if name != "device"}
+    protocol = {name: value for name, value in options.items() if name not in ("device", "threads")}
     started = time.perf_counter()
     records = []
     for name in models:
         try:
-            encoder = load_encoder(name, device=settings.device)
+            encoder = load_encoder(name, device=settings.device, threads=settings.threads)
             records.append(
                 evaluate(
                     dataset,
