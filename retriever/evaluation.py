@@ -218,8 +218,9 @@ def render(record: Mapping[str, Any]) -> str:
         for label, name in recalls:
             names = [f"{direction}_{name}" for direction in _DIRECTIONS]
             worst, best = ([f"{ties[case][name]:.1f}" for name in names] for case in _EXTREMES)
-            spans = [f"{low} to {high}" for low, high in zip(worst, best, strict=True)]
-            rows.append([f"{label}, ties lost to won", *spans])
+            if worst != best:
+                spans = [f"{low} to {high}" for low, high in zip(worst, best, strict=True)]
+                rows.append([f"{label}, ties lost to won", *spans])
     if index:
         for label, name in recalls:
             numbers = [index["metrics"][f"{direction}_{name}"] for direction in _DIRECTIONS]

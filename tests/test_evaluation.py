@@ -353,6 +353,7 @@ def test_table_shows_both_directions_intervals_ties_and_index(colours, toy_encod
     assert re.fullmatch(r"80\.0 \[.+, 100\.0\] 66\.7 \[.+, 100\.0\]", cells["R@1"])
     assert re.fullmatch(r"546\.7 \[.+, 600\.0\]", cells["rSum"])
     assert cells["R@1, ties lost to won"] == "80.0 to 80.0 66.7 to 100.0"
+    assert "R@5, ties lost to won" not in cells  # no tie decides there
     assert cells["R@1, through the index"] == "80.0 66.7"
     assert cells["overlap@10 of the index"] == "1.0000 1.0000"
     assert "Ties: 1 captions and 1 pictures; among equal scores" in text
