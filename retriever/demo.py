@@ -18,7 +18,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from retriever.errors import MissingExtraError, RetrieverError
+from retriever.captions import printable
+from retriever.errors import MissingExtraError, RetrieverError, UsageError
 
 if TYPE_CHECKING:
     from retriever.library import Library
@@ -99,6 +100,7 @@ def build(folder: Path | None = None) -> Demo:
     Raises:
         MissingExtraError: scikit-image is not installed.
         RetrieverError: it has not the expected sample pictures.
+        UsageError: `pictures` in the folder holds other files; nothing is written.
     """
     # The package is only located: importing it would take a second.
     package = find_spec("skimage")
@@ -108,6 +110,7 @@ def build(folder: Path | None = None) -> Demo:
     folder = folder or Path(tempfile.mkdtemp(prefix="retriever-demo-"))
     demo = Demo(folder, folder / "pictures", folder / "demo.lib", folder / QUERY_PICTURE)
     demo.pictures.mkdir(parents=True, exist_ok=True)
+    _refuse_other_files(demo.pictures)
     try:
         for file in PHOTOGRAPHS:
             shutil.copyfile(samples / file, demo.pictures / file)
@@ -121,6 +124,17 @@ def build(folder: Path | None = None) -> Demo:
     ]
     (demo.pictures / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return demo
+
+
+def _refuse_other_files(pictures: Path) -> None:
+    """Captions written by hand must not be replaced: `--folder ~` may well find ~/Pictures."""
+    ours = {*PHOTOGRAPHS, "captions.jsonl"}
+    for path in sorted(pictures.iterdir()):
+        if path.name not in ours and not path.name.startswith("."):
+            raise UsageError(
+                f"{printable(pictures)} holds files that are not the demo's, such as"
+                f" {printable(path.name)}: choose another folder"
+            )
 
 
 def tour(library: "Library", query: Path) -> list[Answer]:
@@ -166,7 +180,7 @@ def contact_sheet(answers: Sequence[Answer], pictures: Path) -> str:
         body = f'<div class="asked">{asked}{found}</div>' if asked else found
         sections.append(f"<section><h2>{html.escape(answer.question)}</h2>{body}</section>")
     everything = "".join(
-        _figure(pictures / file, captions[0]) for file, captions in PHOTOGRAPHS.items()
+        _figure(pictures / file, " ".join(captions)) for file, captions in PHOTOGRAPHS.items()
     )
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         count=len(PHOTOGRAPHS), answers="\n".join(sections), everything=everything

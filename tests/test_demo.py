@@ -14,7 +14,7 @@ from PIL import Image
 import cli
 from retriever import demo
 from retriever.data import read_pairs
-from retriever.errors import MissingExtraError, RetrieverError
+from retriever.errors import MissingExtraError, RetrieverError, UsageError
 from retriever.library import Library
 
 
@@ -129,6 +129,11 @@ def test_page_shows_every_question_with_its_scores(page: Page, shown: str) -> No
     assert all(score in page.text for score in scores)
 
 
+def test_page_shows_every_caption_of_the_library(page: Page) -> None:
+    for captions in demo.PHOTOGRAPHS.values():
+        assert all(caption in page.text for caption in captions)
+
+
 def test_captions_cannot_break_the_page(tmp_path: Path) -> None:
     photograph = tmp_path / "a<b>&'\".png"
     Image.new("RGB", (8, 8)).save(photograph)
@@ -136,6 +141,27 @@ def test_captions_cannot_break_the_page(tmp_path: Path) -> None:
     assert Page(figure).all("script") == []
     (image,) = Page(figure).all("img")
     assert image["alt"] == "<script>alert('x')</script>\""
+
+
+def test_folder_with_pictures_of_its_own_is_left_as_it_is(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "captions.jsonl").write_text("written by hand", encoding="utf-8")
+    (pictures / "holiday.png").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"holiday\.png"):
+        demo.build(tmp_path)
+    assert (pictures / "captions.jsonl").read_text(encoding="utf-8") == "written by hand"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "captions.jsonl",
+        "holiday.png",
+        "pictures",
+    ]
+
+
+def test_hidden_files_of_the_system_are_no_pictures_of_ones_own(tmp_path: Path) -> None:
+    built = demo.build(tmp_path)
+    (built.pictures / ".DS_Store").write_bytes(b"")
+    assert demo.build(tmp_path) == built
 
 
 def test_without_scikit_image_the_demo_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
