@@ -843,14 +843,15 @@ def demo(folder: Path | None, device: str, threads: int | None) -> None:
     _if_interrupted(f"The same command with --folder {_shown(place.folder)} goes on from there.")
     with _open_or_create(place.library, device, threads, None) as library:
         with _Progress("Indexing", "pictures") as progress:
-            report = library.index(place.pictures, progress=progress)
-        count = report.added + report.unchanged
+            library.index(place.pictures, progress=progress)
+        count = library.info()["items"]
         click.echo(f"{count} photographs of scikit-image are indexed in {_shown(library.path)}\n")
         answers = tour.tour(library, place.query)
     click.echo(tour.render(answers))
     sheet = place.folder / "contact-sheet.html"
     sheet.write_text(tour.contact_sheet(answers, place.pictures), encoding="utf-8")
-    click.echo(f"\nTo look at: {_shown(sheet.resolve())}")
+    click.echo('\nWith pictures of your own: retriever index ~/Pictures; retriever search "a cat"')
+    click.echo(f"To look at: {_shown(sheet.resolve())}")
 
 
 if __name__ == "__main__":
