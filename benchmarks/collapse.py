@@ -65,9 +65,9 @@ class Settings:
     # that know nothing yet to one point as well (Faghri et al. 2018 begin from trained ones).
     batch_pictures: int = 16
     epochs: int = 18
-    lr: float = 1e-3
+    lr: float = 5e-4
     # Strong, and the same for all: what an objective does not hold on to fades within the run.
-    weight_decay: float = 1.0
+    weight_decay: float = 2.0
     dropout: float = 0.0
     threads: int = 1  # the towers are too small to gain from more
     seed: int = 0
