@@ -2,8 +2,10 @@
 
 import difflib
 import json
+import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -150,6 +152,22 @@ def _check_architecture(name: str) -> None:
         )
 
 
+def _first_sentence(exc: BaseException) -> str:
+    return first_line(exc).split(". ")[0]
+
+
+@contextmanager
+def _without_retry_notes() -> Iterator[None]:
+    """Without what the hub's client logs on each of its tries; the last fault is in its error."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _named_model(name: str) -> tuple[str, dict[str, Any], Path | None]:
     """open_clip's architecture, its options, and the folder of the weights if they are a file."""
     import open_clip
@@ -160,11 +178,12 @@ def _named_model(name: str) -> tuple[str, dict[str, Any], Path | None]:
     known = open_clip.get_pretrained_cfg(architecture, pretrained)
     if known:
         try:
-            weights = open_clip.download_pretrained(known)
+            with _without_retry_notes():
+                weights = open_clip.download_pretrained(known)
         except Exception as exc:  # whatever the network and the hub's client raise
             raise EncoderError(
                 f"the weights of {name} are not on this machine and cannot be downloaded "
-                f"({first_line(exc)}): connect once, or give a folder with the model"
+                f"({_first_sentence(exc)}): connect once, or give a folder with the model"
             ) from exc
     elif file.is_file():
         weights, beside = str(file), file.parent
@@ -237,11 +256,12 @@ def _load_tokenizer(
                 tokenizer_mode=text.get("tokenizer_mode"),
                 **text.get("tokenizer_kwargs", {}),
             )
-        return open_clip.get_tokenizer(architecture)
+        with _without_retry_notes():
+            return open_clip.get_tokenizer(architecture)
     except ImportError as exc:
         raise EncoderError(f"the tokenizer of {name} needs: pip install transformers") from exc
     except Exception as exc:  # whatever the network and the hub's client raise
         raise EncoderError(
             f"the tokenizer of {name} ({wanted}) is not on this machine and cannot be downloaded "
-            f"({first_line(exc)}): connect once, or put its tokenizer.json beside the weights"
+            f"({_first_sentence(exc)}): connect once, or put its tokenizer.json beside the weights"
         ) from exc
