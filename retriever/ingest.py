@@ -60,8 +60,8 @@ class IndexReport:
     added: new files, copies of known content among them. updated: another content or other
     captions. moved: found again under a new name. removed: no longer on disk. unchanged: as before,
     or equal content under a new time stamp. failed: could not be read, those included that failed
-    earlier and have not changed since. problems: folders and captions that could not be read, one
-    sentence each.
+    earlier and have not changed since. problems: folders and captions that could not be read, and
+    how many captions of a given file match no picture, one sentence each.
     """
 
     added: int = 0
@@ -220,7 +220,7 @@ class _Run:
             **self.counts,
             removed=len(removed),
             failed=tuple(self.failed),
-            problems=(*problems, *sources.report.problems),
+            problems=(*problems, *sources.report.problems, *_unmatched(sources, captions)),
         )
 
     def _refuse_empty_folder(self, folder: Path, roots: Sequence[tuple[int, Path]]) -> None:
@@ -441,6 +441,12 @@ def _gone(
     here = {picture.file for picture in listed}
     missing = [(root / file, former) for file, former in known.items() if file not in here]
     return [one for one in missing if all_listed or not _may_exist(one[0])]
+
+
+def _unmatched(sources: CaptionIndex, given: Path | None) -> Iterator[str]:
+    # Said of a file that was named on purpose. What a folder keeps of deleted pictures is no news.
+    if given and (count := len(sources.report.unmatched)):
+        yield f"captions that match no picture: {count:,} (`retriever index --dry-run` lists them)"
 
 
 def _may_exist(path: Path) -> bool:

@@ -632,3 +632,14 @@ TestFolder.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+def test_a_given_captions_file_that_matches_no_picture_is_told(fresh_store, toy_encoder, tmp_path):
+    folder = tmp_path / "pictures"
+    paint(folder / "red.png", "red")
+    given = tmp_path / "mine.csv"
+    lines = ["file,caption", "red.png,a red square", "gone.png,lost", "gone2.png,lost too"]
+    given.write_text("\n".join(lines), encoding="utf-8")
+    report = index_folder(fresh_store, lambda: toy_encoder, folder, captions=given)
+    (problem,) = report.problems
+    assert problem.startswith("captions that match no picture: 2 ")
