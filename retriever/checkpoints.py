@@ -5,7 +5,9 @@ trainer wants to keep, as JSON. No file in it is a pickle.
 """
 
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from retriever.errors import EncoderError
+from retriever.errors import EncoderError, UsageError
 from retriever.towers import BackboneTower, DualEncoder, TransformerTower, fold_batch_norms
 
 _WEIGHTS = "model.safetensors"
@@ -132,22 +134,44 @@ def bert_shape(path: Path) -> dict[str, int]:
 def save_checkpoint(
     folder: Path, model: DualEncoder, tokenizer: Tokenizer, extra: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint beside its final name, then put it in place in one step."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """Write a checkpoint beside its final name, then put it in place of an earlier one, if any.
+
+    Raises:
+        UsageError: the folder holds something else than a checkpoint; it stays as it is.
+    """
+    refuse_other_files(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / _WEIGHTS)
     tokenizer.save(str(temporary / "tokenizer.json"))
     for name, value in ({"config": model.config} | dict(extra)).items():
         (temporary / f"{name}.json").write_text(json.dumps(value, indent=1), "utf-8")
+    temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are for their owner alone
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        folder.rename(old / folder.name)
         temporary.rename(folder)
         shutil.rmtree(old)
     else:
         temporary.rename(folder)
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Raise UsageError if the folder holds anything that no checkpoint holds."""
+    known = {_WEIGHTS, "config.json", "tokenizer.json", "training.json", "log.json"}
+    if folder.is_dir():
+        # Hidden files are what file managers leave.
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if others := sorted(names - known):
+            raise UsageError(f"{folder} holds other files ({others[0]}): give a folder of its own")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: give a folder for the checkpoint")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load_checkpoint(folder: Path) -> tuple[DualEncoder, Tokenizer]:

@@ -68,6 +68,22 @@ def augment(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     return np.asarray(image)
 
 
+def _decode_all(pairs: Sequence[Pair], size: int, path: Path) -> dict[str, str]:
+    """Write (n, size, size, 3) pixels to `path`; what is wrong with a picture, by its number."""
+    shape = (len(pairs), size, size, 3)
+    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    faults = {}
+    for row, pair in enumerate(pairs):
+        try:
+            image = read_image(pair.path, target=size).image
+        except PictureError as exc:
+            faults[str(row)] = str(exc)
+        else:
+            pixels[row] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+    pixels.flush()
+    return faults
+
+
 class Pictures:
     """Pixels of a list of pairs, decoded once into a memory-mapped file of the cache folder.
 
@@ -91,21 +107,17 @@ class Pictures:
         self.key = digest.hexdigest()
         cache.mkdir(parents=True, exist_ok=True)
         path, done = cache / f"pixels-{self.key}.npy", cache / f"pixels-{self.key}.json"
-        if not done.is_file():
-            shape = (len(pairs), size, size, 3)
-            pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-            kept = []
-            for row, pair in enumerate(pairs):
-                try:
-                    image = read_image(pair.path, target=size).image
-                except PictureError as exc:
-                    warn(str(exc))
-                    continue
-                kept.append(row)
-                pixels[row] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-            pixels.flush()
-            done.write_text(json.dumps(kept), "utf-8")
-        self.rows = np.array(json.loads(done.read_text("utf-8")), dtype=np.int64)
+        if not (path.is_file() and done.is_file()):
+            done.unlink(missing_ok=True)
+            faults = _decode_all(pairs, size, path)
+            # Its presence says that the pixels are complete, so it must appear whole itself.
+            temporary = done.with_suffix(".tmp")
+            temporary.write_text(json.dumps(faults), "utf-8")
+            temporary.replace(done)
+        faults = json.loads(done.read_text("utf-8"))
+        for fault in faults.values():
+            warn(fault)
+        self.rows = np.array([i for i in range(len(pairs)) if str(i) not in faults], np.int64)
         self.pixels = np.load(path, mmap_mode="r")
         self.pairs = [pairs[row] for row in self.rows]
 

@@ -70,9 +70,11 @@ class TrainConfig:
             raise UsageError("image_weights need an image_tower of timm, such as resnet50")
         if self.text_weights and self.text_tower == "gru":
             raise UsageError("text_weights need the text_tower transformer or static")
-        for name in ("dim", "image_size", "max_tokens", "views", "epochs", "batch_size"):
+        for name in ("dim", "image_size", "max_tokens", "views", "epochs"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
+        if self.batch_size < 2:
+            raise UsageError("batch_size must be at least 2: a picture is told from others")
         if self.captions_per_picture < 1 or self.patience < 1:
             raise UsageError("captions_per_picture and patience must be at least 1")
 

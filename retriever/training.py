@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +35,7 @@ from retriever.checkpoints import (
     load_bert,
     load_checkpoint,
     load_tensors,
+    refuse_other_files,
     save_checkpoint,
 )
 from retriever.data import Pair
@@ -459,6 +459,12 @@ class _Run:
             state["state"].setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict(state)
 
+    def forget(self) -> None:
+        """Remove the state, once the checkpoint is in place."""
+        (self.partial / "state.safetensors").unlink()
+        with contextlib.suppress(OSError):  # something of somebody else's is in there
+            self.partial.rmdir()
+
     def is_over(self) -> bool:
         """All epochs done, or no better held-out rSum for `patience` epochs."""
         sums = [entry["metrics"]["rsum"] for entry in self.log]
@@ -494,9 +500,11 @@ def train(
         The log: one record an epoch, as `EpochLog`.
 
     Raises:
-        UsageError: too little data, or another run's state lies at `out`.partial.
+        UsageError: too little data, `out` holds something else than a checkpoint, or another run's
+            state lies at `out`.partial.
         EncoderError: pretrained weights that cannot be read.
     """
+    refuse_other_files(out)
     train_pairs, held_out_pairs = split_pairs(datasets, config.seed)
     captions = [caption.text for pair in train_pairs for caption in pair.captions]
     model, tokenizer = build(config, captions)
@@ -516,5 +524,5 @@ def train(
     data |= {"captions": len(run.captions), "held_out": len(run.held_pictures)}
     training = {"config": asdict(config), "data": data}
     save_checkpoint(out, model.cpu().eval(), tokenizer, {"training": training, "log": run.log})
-    shutil.rmtree(run.partial)
+    run.forget()
     return run.log

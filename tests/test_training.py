@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from retriever.checkpoints import load_checkpoint
+from retriever.checkpoints import load_checkpoint, save_checkpoint
 from retriever.errors import EncoderError, UsageError
 from retriever.samples import augment, split_pairs
 from retriever.settings import TrainConfig
@@ -143,7 +143,7 @@ def test_checkpoint_gives_the_same_embeddings_in_another_process(trained, tmp_pa
     code = f"""
 import torch, numpy as np
 from pathlib import Path
-from retriever.checkpoints import load_checkpoint
+from retriever.checkpoints import load_checkpoint, save_checkpoint
 model, _ = load_checkpoint(Path({str(trained)!r}))
 pixels = torch.arange(32 * 32 * 3, dtype=torch.uint8).view(1, 32, 32, 3)
 ids = torch.tensor([[2, 3, 4]])
@@ -194,6 +194,7 @@ def test_unknown_objective_names_the_known_ones():
         ({"image_weights": "w.pth"}, "image_weights need an image_tower of timm"),
         ({"text_weights": "folder"}, "text_weights need the text_tower transformer"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -239,9 +240,33 @@ def test_an_unreadable_picture_is_named_and_left_out(colours, tmp_path):
     (folder / "red0.png").write_bytes(b"no picture")
     named = []
     config = replace(TINY, epochs=1)
-    train([folder], tmp_path / "a.ckpt", config, cache=tmp_path, warn=named.append)
-    assert len(named) == 1
+    for _ in range(2):  # the second run takes the pixels from the cache
+        train([folder], tmp_path / "a.ckpt", config, cache=tmp_path, warn=named.append)
+    assert len(named) == 2
     assert "red0.png" in named[0]
+    assert named[0] == named[1]
+
+
+def test_a_folder_that_holds_other_files_is_never_replaced(colours, trained, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "diary.txt").write_text("dear diary", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"mine holds other files \(diary\.txt\)"):
+        train([colours], folder, replace(TINY, epochs=1), cache=tmp_path)
+    model, tokenizer = load_checkpoint(trained)
+    with pytest.raises(UsageError, match=r"diary\.txt"):
+        save_checkpoint(folder, model, tokenizer, {})
+    assert [p.name for p in folder.iterdir()] == ["diary.txt"]
+    assert not list(tmp_path.glob(".mine*"))
+
+
+def test_an_earlier_checkpoint_is_replaced_and_nothing_is_left_beside_it(trained, tmp_path):
+    model, tokenizer = load_checkpoint(trained)
+    for note in (1, 2):
+        save_checkpoint(tmp_path / "a.ckpt", model, tokenizer, {"log": [note]})
+    assert json.loads((tmp_path / "a.ckpt" / "log.json").read_text("utf-8")) == [2]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+    assert_same_weights(trained, tmp_path / "a.ckpt")
 
 
 def test_augmentation_keeps_the_shape_and_follows_the_seed():
