@@ -242,13 +242,19 @@ def test_interrupted_run_keeps_what_it_did_and_the_next_goes_on(tmp_path: Path) 
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    count = 160
+    count = 256
     for number in range(count):
         noise = rng.integers(0, 256, (4, 4, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"{number:03}.png")
     path = tmp_path / "new.lib"
     command = [sys.executable, "-m", "cli", "index", str(folder), "--library", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # A process started in the background may have been told to ignore SIGINT, and hands that on.
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while _committed(path) < 32 and time.monotonic() < deadline:
         time.sleep(0.02)
