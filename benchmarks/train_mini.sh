@@ -28,7 +28,7 @@ common=(--cache "$work/cache" --seed 0)
     --text-tower transformer --text-weights "$text_weights" \
     --epochs 15 --batch-size 1500
 
-# 2. Everything but the lowest stages of the image tower.
+# 2. Everything but the lowest stages and the depthwise convolutions of the image tower.
 [ -d "$work/mini.ckpt" ] || retriever train "${sets[@]}" -o "$work/mini.ckpt" "${common[@]}" \
     --init "$work/heads.ckpt" --finetune --freeze-stages 4 \
     --epochs 8 --batch-size 128 --ema 0.99 --lr 3e-4 --image-lr 3e-4 --text-lr 5e-5

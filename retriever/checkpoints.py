@@ -29,9 +29,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        weights = dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as exc:  # each format has its own error types; all mean the same to the user
         raise EncoderError(f"{path}: not a file of weights that can be read ({exc})") from exc
+    if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise EncoderError(f"{path}: holds other things than tensors; save the state dict alone")
+    return weights
 
 
 def load_backbone(tower: BackboneTower, architecture: str, weights_from: str) -> None:
@@ -67,7 +70,12 @@ def load_backbone(tower: BackboneTower, architecture: str, weights_from: str) ->
     tower.backbone.load_state_dict(plain.state_dict())
 
 
-def _bert_tensors(path: Path) -> dict[str, Tensor]:
+def bert_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a BERT under their usual names, without the prefix that some files have.
+
+    Raises:
+        EncoderError: the file holds no BERT.
+    """
     weights = {name.removeprefix("bert."): t for name, t in load_tensors(path).items()}
     if "encoder.layer.0.attention.self.query.weight" not in weights:
         raise EncoderError(f"{path}: these are not the weights of a BERT-like encoder")
@@ -80,7 +88,7 @@ def load_bert(tower: TransformerTower, path: Path) -> None:
     Raises:
         EncoderError: the file holds no BERT, or one with too few positions.
     """
-    weights = _bert_tensors(path)
+    weights = bert_tensors(path)
     positions = weights["embeddings.position_embeddings.weight"]
     if len(positions) < tower.positions.num_embeddings:
         raise EncoderError(f"{path}: has positions for {len(positions)} tokens only")
@@ -114,7 +122,7 @@ def bert_shape(path: Path) -> dict[str, int]:
     Raises:
         EncoderError: the file holds no BERT.
     """
-    weights = _bert_tensors(path)
+    weights = bert_tensors(path)
     vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
     layers = 1 + max(int(n.split(".")[2]) for n in weights if n.startswith("encoder.layer."))
     hidden = len(weights["encoder.layer.0.intermediate.dense.bias"])

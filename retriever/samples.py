@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -90,13 +91,13 @@ class Pictures:
     Attributes:
         pixels: (n, s, s, 3) uint8.
         pairs: the n pairs whose picture could be read.
-        key: a hash of the files' names, sizes and times, and of the side.
+        key: a hash of the files' names, sizes and times, of the side, and of which could be read.
     """
 
     def __init__(
         self, pairs: Sequence[Pair], size: int, cache: Path, warn: Callable[[str], None]
     ) -> None:
-        digest = xxhash.xxh3_128(f"{size}".encode())
+        digest = xxhash.xxh3_128(f"2 {size}".encode())
         for pair in pairs:
             stat = pair.path.stat()
             digest.update(
@@ -107,17 +108,19 @@ class Pictures:
         self.key = digest.hexdigest()
         cache.mkdir(parents=True, exist_ok=True)
         path, done = cache / f"pixels-{self.key}.npy", cache / f"pixels-{self.key}.json"
-        if not (path.is_file() and done.is_file()):
-            done.unlink(missing_ok=True)
-            faults = _decode_all(pairs, size, path)
-            # Its presence says that the pixels are complete, so it must appear whole itself.
-            temporary = done.with_suffix(".tmp")
-            temporary.write_text(json.dumps(faults), "utf-8")
-            temporary.replace(done)
+        # Faults may pass (a drive, rights), so only a whole set is believed without looking again.
+        if not (path.is_file() and done.is_file()) or json.loads(done.read_text("utf-8")):
+            # Written beside and renamed, under a name of this process: another may do the same.
+            beside = cache / f"pixels-{self.key}.{os.getpid()}.tmp"
+            faults = _decode_all(pairs, size, beside)
+            beside.replace(path)
+            beside.write_text(json.dumps(faults), "utf-8")
+            beside.replace(done)
         faults = json.loads(done.read_text("utf-8"))
         for fault in faults.values():
             warn(fault)
         self.rows = np.array([i for i in range(len(pairs)) if str(i) not in faults], np.int64)
+        self.key += "-" + xxhash.xxh3_64_hexdigest(self.rows.tobytes())
         self.pixels = np.load(path, mmap_mode="r")
         self.pairs = [pairs[row] for row in self.rows]
 

@@ -24,8 +24,12 @@ class TrainConfig:
     of None stand for `lr` then, else for 3e-4 and 5e-5.
     """
 
-    init: str | None = _setting(None, "A checkpoint to begin from; the towers are then its own.")
-    image_tower: str = _setting("cnn", "A name of timm, or cnn: a small one from scratch.")
+    init: str | None = _setting(
+        None, "A checkpoint to begin from: towers, tokenizer, sizes and dropout are its own."
+    )
+    image_tower: str = _setting(
+        "cnn", "A convolutional network of timm, or cnn: a small one from scratch."
+    )
     image_weights: str | None = _setting(
         None, "Weights of the image tower: a .pth or .safetensors file, or 'timm' to download."
     )
@@ -40,7 +44,7 @@ class TrainConfig:
     finetune: bool = _setting(False, "Train the towers too, not the projections alone.")
     freeze_stages: int = _setting(0, "Fine-tuning: lowest stages of the image tower kept fixed.")
     train_depthwise: bool = _setting(
-        False, "Fine-tuning: depthwise convolutions too, 5 % of the weights, 40 % of the time."
+        False, "Fine-tuning: pretrained depthwise convolutions too, 40 % of the time on a CPU."
     )
     views: int = _setting(1, "Frozen towers: cached views of a picture, all but one augmented.")
     epochs: int = _setting(20, "Passes over the pictures, at most.")
@@ -73,6 +77,8 @@ class TrainConfig:
         for name in ("dim", "image_size", "max_tokens", "views", "epochs"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
+        if self.seed < 0:
+            raise UsageError("seed must be at least 0")
         if self.batch_size < 2:
             raise UsageError("batch_size must be at least 2: a picture is told from others")
         if self.captions_per_picture < 1 or self.patience < 1:

@@ -8,7 +8,7 @@ checkpoint stores beside the weights.
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,18 @@ class BackboneTower(nn.Module):
         fold_batch_norms(backbone)
         self.backbone = backbone
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; but BatchNorms that could not be folded stay frozen."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
     def stages(self) -> list[nn.Module]:
         """The parts from the input upwards, so that the lowest can be frozen."""
+        parts = [getattr(self.backbone, name, None) for name in ("conv_stem", "conv_head")]
         blocks = getattr(self.backbone, "blocks", None)
-        if blocks is None:
-            return [self.backbone]
+        if blocks is None or None in parts:
+            return list(self.backbone.children())
         return [self.backbone.conv_stem, *blocks, self.backbone.conv_head]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -181,9 +188,14 @@ class GRUTower(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(b, t) int64 ids and their mask, 1 for real tokens → (b, f) features."""
-        lengths = attention_mask.sum(dim=1).clamp(min=1).cpu()
+        # Up to the last real token: tokens that training hides leave holes in the mask.
+        place = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        lengths = (attention_mask * place).amax(dim=1).clamp(min=1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(
-            self.tokens(input_ids), lengths, batch_first=True, enforce_sorted=False
+            self.tokens(input_ids) * attention_mask[:, :, None],
+            lengths,
+            batch_first=True,
+            enforce_sorted=False,
         )
         states, _ = nn.utils.rnn.pad_packed_sequence(
             self.gru(packed)[0], batch_first=True, total_length=input_ids.shape[1]
@@ -223,7 +235,7 @@ def build_image_tower(config: Mapping[str, Any]) -> BackboneTower | SmallCNN:
 
 
 def build_text_tower(
-    config: Mapping[str, Any],
+    config: Mapping[str, Any], dropout: float
 ) -> TransformerTower | StaticTower | GRUTower:
     """The text tower that `config["tower"]` names: "transformer", "static" or "gru"."""
     vocabulary, width = config["vocabulary"], config["width"]
@@ -235,6 +247,7 @@ def build_text_tower(
             config["layers"],
             config["heads"],
             config["hidden"],
+            dropout,
         )
     if config["tower"] == "static":
         return StaticTower(vocabulary, width)
@@ -260,8 +273,8 @@ class DualEncoder(nn.Module):
         self.config = dict(config)
         image, text = config["image"], config["text"]
         self.image_tower = build_image_tower(image)
-        self.text_tower = build_text_tower(text)
         dropout = config.get("dropout", 0.1)
+        self.text_tower = build_text_tower(text, dropout)
         self.image_projection = Projection(self.image_tower.features, config["dim"], dropout)
         self.text_projection = Projection(self.text_tower.features, config["dim"], dropout)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from retriever import objectives
 from retriever.checkpoints import (
     bert_shape,
+    bert_tensors,
     load_backbone,
     load_bert,
     load_checkpoint,
-    load_tensors,
     refuse_other_files,
     save_checkpoint,
 )
 from retriever.data import Pair
 from retriever.encoders import torch_device
-from retriever.errors import UsageError
+from retriever.errors import EncoderError, UsageError
 from retriever.metrics import alignment, modality_gap, retrieval_metrics, uniformity
 from retriever.samples import Captions, Pictures, split_pairs
 from retriever.settings import TrainConfig
@@ -104,7 +104,12 @@ def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, To
     text: dict[str, Any] = {"tower": config.text_tower, "max_tokens": config.max_tokens}
     bert = Path(config.text_weights) / "model.safetensors" if config.text_weights else None
     if bert:
-        tokenizer = Tokenizer.from_file(str(bert.with_name("tokenizer.json")))
+        try:
+            tokenizer = Tokenizer.from_file(str(bert.with_name("tokenizer.json")))
+        except Exception as exc:  # all that tokenizers raises
+            raise EncoderError(
+                f"{bert.parent}: no tokenizer.json that can be read ({exc})"
+            ) from exc
         text |= bert_shape(bert)
     else:
         tokenizer = _word_tokenizer(captions)
@@ -136,12 +141,16 @@ def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, To
     if bert and isinstance(model.text_tower, TransformerTower):
         load_bert(model.text_tower, bert)
     elif bert and config.text_tower == "static":
-        vectors = load_tensors(bert)["embeddings.word_embeddings.weight"]
+        vectors = bert_tensors(bert)["embeddings.word_embeddings.weight"]
         model.text_tower.load_state_dict({"tokens.weight": vectors}, strict=False)
     return model, tokenizer
 
 
 # ── the run ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _digest(*parts: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
 class _Run:
@@ -177,6 +186,17 @@ class _Run:
         self.steps_per_epoch = max(len(self.pictures) // config.batch_size, 1)
         self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.log: list[dict[str, Any]] = []
+        # A state is taken up only with the very same pictures, captions, vocabulary and towers.
+        self.data = _digest(
+            self.pictures.key,
+            self.held_pictures.key,
+            self.captions.ids,
+            self.held_captions.ids,
+            self.captions.first.tolist(),
+            self.held_captions.first.tolist(),
+            model.config,
+            tokenizer.to_str(),
+        )
         self.best: dict[str, Tensor] = {}
 
     def _lr_factor(self, step: int) -> float:
@@ -188,13 +208,15 @@ class _Run:
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         config, model = self.config, self.model
-        if isinstance(model.image_tower, BackboneTower):
-            model.image_tower.requires_grad_(config.finetune)
-            for stage in model.image_tower.stages()[: config.freeze_stages]:
-                stage.requires_grad_(False)
-            for layer in model.image_tower.modules():
-                if isinstance(layer, nn.Conv2d) and layer.groups > 1 and not config.train_depthwise:
-                    layer.requires_grad_(False)
+        model.image_tower.requires_grad_(config.finetune)
+        model.text_tower.requires_grad_(config.finetune)
+        is_pretrained = bool(config.init or config.image_weights)
+        for stage in model.image_tower.stages()[: config.freeze_stages]:
+            stage.requires_grad_(False)
+        for layer in model.image_tower.modules():
+            is_depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
+            if is_depthwise and is_pretrained and not config.train_depthwise:
+                layer.requires_grad_(False)
         groups = []
         image_lr, text_lr = config.image_lr, config.text_lr
         if image_lr is None:
@@ -214,7 +236,10 @@ class _Run:
                     and (name.startswith(prefix) if prefix else "_tower." not in name)
                     and (p.ndim > 1) == decays
                 ]
-                if lr and parameters:
+                if not lr:
+                    for parameter in parameters:
+                        parameter.requires_grad_(False)
+                elif parameters:
                     decay = config.weight_decay if decays else 0.0
                     groups.append({"params": parameters, "peak_lr": lr, "weight_decay": decay})
         return groups
@@ -222,10 +247,12 @@ class _Run:
     # ── frozen features ────────────────────────────────────────────────────────────────────────
 
     def _cache_features(self, cache: Path) -> None:
-        digest = xxhash.xxh3_128()
+        sides = [self.model.config["image"], self.model.config["text"]]
+        digest = xxhash.xxh3_128(json.dumps(sides, sort_keys=True).encode())
         for name, tensor in self.model.state_dict().items():
             if "_tower." in name:
-                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                flat = tensor.cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
         towers = digest.hexdigest()
         self.model.eval()
         sources = {
@@ -257,7 +284,7 @@ class _Run:
             for rows in np.array_split(np.arange(count), math.ceil(count / 1024)):
                 with torch.inference_mode():
                     parts.append(encode(rows).cpu())
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
             with temporary.open("wb") as file:
                 np.save(file, torch.cat(parts).numpy())
             temporary.rename(path)
@@ -351,7 +378,6 @@ class _Run:
     def train_epoch(self, epoch: int, progress: Callable[[int, int], None] | None) -> float:
         """Mean loss of one pass over the training pictures."""
         torch.manual_seed(self.config.seed * 100_003 + epoch)
-        # The backbone stays in eval mode (its BatchNorms are gone; dropout paths are not wanted).
         self.model.train()
         losses = []
         for step, (rows, drawn, pixels) in enumerate(self._batches(epoch)):
@@ -359,7 +385,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self._lr_factor(done)
             loss = self._loss(rows, drawn, pixels, epoch)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -426,7 +452,11 @@ class _Run:
         save_file(
             {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
             temporary,
-            {"log": json.dumps(self.log), "config": json.dumps(asdict(self.config))},
+            {
+                "log": json.dumps(self.log),
+                "config": json.dumps(asdict(self.config)),
+                "data": self.data,
+            },
         )
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -441,9 +471,11 @@ class _Run:
 
         with safe_open(path, "pt") as file:
             meta = file.metadata()
-            if json.loads(meta["config"]) != asdict(self.config):
+            same_settings = json.loads(meta["config"]) == asdict(self.config)
+            if not same_settings or meta.get("data") != self.data:
                 raise UsageError(
-                    f"{self.partial}: left by a run with other settings; remove it to start anew"
+                    f"{self.partial}: left by a run with other settings or data; remove it to "
+                    "start anew"
                 )
             parts: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 (it is no mapping)

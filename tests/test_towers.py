@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from retriever.checkpoints import bert_shape, load_backbone, load_bert
+from retriever.checkpoints import bert_shape, load_backbone, load_bert, load_tensors
 from retriever.errors import EncoderError
 from retriever.towers import (
     BackboneTower,
@@ -153,6 +153,31 @@ def test_padding_changes_no_text(tower):
         torch.tensor([[3, 4, 0, 0], [1, 2, 3, 4]]), torch.tensor([[1, 1, 0, 0], [1] * 4])
     )
     torch.testing.assert_close(padded[:1], short, rtol=CLOSE, atol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    "tower", [TransformerTower(50, 8, 32, 1, 4, 64), StaticTower(50, 32), GRUTower(50, 32)]
+)
+def test_a_hidden_token_does_not_matter_and_those_behind_it_do(tower):
+    randomise(tower)
+    tower.eval()
+    mask = torch.tensor([[1, 0, 0, 1]])
+    first = tower(torch.tensor([[1, 2, 3, 4]]), mask)
+    torch.testing.assert_close(tower(torch.tensor([[1, 8, 9, 4]]), mask), first)
+    assert not torch.allclose(tower(torch.tensor([[1, 2, 3, 7]]), mask), first, atol=1e-3)
+
+
+def test_batch_norms_that_cannot_be_folded_stay_frozen():
+    tower = BackboneTower("densenet121").train()
+    norms = [layer for layer in tower.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+
+
+def test_a_file_with_other_things_than_tensors_is_refused(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "w.pth")
+    with pytest.raises(EncoderError, match="other things than tensors"):
+        load_tensors(tmp_path / "w.pth")
 
 
 def test_dual_encoder_gives_unit_rows_and_bounds_the_logit_scale():

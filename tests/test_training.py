@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from PIL import Image
 
 from retriever.checkpoints import load_checkpoint, save_checkpoint
 from retriever.errors import EncoderError, UsageError
-from retriever.samples import augment, split_pairs
+from retriever.samples import Pictures, augment, split_pairs
 from retriever.settings import TrainConfig
 from retriever.training import train
 
@@ -126,6 +127,50 @@ def test_state_of_a_run_with_other_settings_is_not_taken_up(colours, tmp_path):
         train([colours], tmp_path / "a.ckpt", replace(TINY, lr=1e-4), cache=tmp_path)
 
 
+def test_state_of_a_run_on_other_data_is_not_taken_up(colours, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(colours, other)
+    (other / "red0.png").unlink()
+
+    def kill(entry):
+        raise Killed
+
+    with pytest.raises(Killed):
+        train([colours], tmp_path / "a.ckpt", TINY, cache=tmp_path, on_epoch=kill)
+    with pytest.raises(UsageError, match="other settings or data"):
+        train([other], tmp_path / "a.ckpt", TINY, cache=tmp_path)
+
+
+def test_a_tower_with_learning_rate_0_stays_as_it_was(colours, trained, tmp_path):
+    config = replace(TINY, init=str(trained), finetune=True, epochs=1, image_lr=0.0)
+    train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
+    before, after = weights(trained), weights(tmp_path / "a.ckpt")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not [name for name in changed if name.startswith("image_tower.")]
+    assert [name for name in changed if name.startswith("text_tower.")]
+
+
+def test_a_picture_that_can_be_read_again_is_trained_on(colours, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(colours, folder)
+    good, stat = (folder / "red0.png").read_bytes(), (folder / "red0.png").stat()
+    (folder / "red0.png").write_bytes(bytes(len(good)))
+    os.utime(folder / "red0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    pairs = split_pairs([folder], 0)[0]
+    faults = []
+    assert len(Pictures(pairs, 8, tmp_path / "c", faults.append)) == len(pairs) - 1
+    (folder / "red0.png").write_bytes(good)
+    os.utime(folder / "red0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert len(Pictures(pairs, 8, tmp_path / "c", faults.append)) == len(pairs)
+    assert len(faults) == 1
+
+
+def test_text_weights_without_a_tokenizer_are_a_clear_error(colours, tmp_path):
+    config = replace(TINY, text_tower="static", text_weights=str(tmp_path))
+    with pytest.raises(EncoderError, match=r"no tokenizer\.json that can be read"):
+        train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
+
+
 def test_stops_early_when_held_out_recall_no_longer_rises(colours, tmp_path):
     config = replace(TINY, epochs=50, patience=2, lr=1e-9)
     log = train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
@@ -194,6 +239,7 @@ def test_unknown_objective_names_the_known_ones():
         ({"image_weights": "w.pth"}, "image_weights need an image_tower of timm"),
         ({"text_weights": "folder"}, "text_weights need the text_tower transformer"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
     ],
 )
