@@ -408,7 +408,7 @@ def search(
             click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {_shown(hit.path)}")
             if hit.caption:
                 click.echo(f"            {hit.caption}")
-    _say_if_empty(hits, "no pictures")
+    _say_if_empty(hits, "pictures", "`retriever index FOLDER` takes them in")
 
 
 @main.command()
@@ -447,12 +447,12 @@ def caption(
             )
         else:
             click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {hit.caption}")
-    _say_if_empty(hits, "no captions")
+    _say_if_empty(hits, "captions", "`retriever index FOLDER --captions FILE` names them")
 
 
-def _say_if_empty(hits: list[Any], what: str) -> None:
+def _say_if_empty(hits: list[Any], what: str, way_out: str) -> None:
     if not hits:
-        click.echo(f"There are {what} in the library.", err=True)
+        click.echo(f"There are no {what} in the library: {way_out}.", err=True)
 
 
 @main.command()
