@@ -33,5 +33,6 @@ common=(--cache "$work/cache" --seed 0)
     --init "$work/heads.ckpt" --finetune --freeze-stages 4 \
     --epochs 8 --batch-size 128 --ema 0.99 --lr 3e-4 --image-lr 3e-4 --text-lr 5e-5
 
-# 3. Two ONNX files, checked against the checkpoint.
+# 3. Two ONNX files, checked against the checkpoint. The release's config.json has besides, under
+#    "recall", what `retriever evaluate` measured.
 retriever models prepare "$work/mini.ckpt" -o "$work/mini"
