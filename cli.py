@@ -20,6 +20,7 @@ import click
 from indexes.errors import StoreError, StoreNotFoundError
 from retriever import __version__
 from retriever.errors import MissingExtraError, RetrieverError, UsageError
+from retriever.models import DEFAULT_MODEL
 from retriever.settings import OBJECTIVES, TEXT_TOWERS, TrainConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from retriever.models import ModelInfo
     from retriever.training import EpochLog
 
-DEFAULT_MODEL = "mini"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SOME_FILES_FAILED = 3
 INTERRUPTED = 130

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Self
 from indexes.errors import WrongModelError
 from indexes.records import ModelSpec
 from retriever.errors import UsageError
+from retriever.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from retriever.ingest import Failure, IndexReport, Progress
     from retriever.search import CaptionHit, Hit, Query, Searcher
 
-DEFAULT_ENCODER = "mini"
 DEFAULT_K = 10
 
 
@@ -54,7 +54,7 @@ class Library:
     def create(
         cls,
         path: str | Path,
-        encoder: str | Encoder = DEFAULT_ENCODER,
+        encoder: str | Encoder = DEFAULT_MODEL,
         *,
         device: str = "auto",
     ) -> Library:
@@ -271,7 +271,7 @@ def _load(encoder: str | Encoder, device: str) -> tuple[Encoder, ModelSpec]:
     loaded = load_encoder(encoder, device=device)
     folder = Path(encoder).expanduser()
     # A model in a folder must be found from whichever directory the library is opened in.
-    is_local = encoder != DEFAULT_ENCODER and folder.exists()
+    is_local = encoder != DEFAULT_MODEL and folder.exists()
     name = str(folder.resolve()) if is_local else encoder
     return loaded, ModelSpec(name, loaded.dim, loaded.fingerprint)
 

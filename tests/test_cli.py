@@ -75,10 +75,11 @@ def test_help_of_any_command_loads_nothing_heavy() -> None:
 def test_defaults_of_answers_wanted_are_those_of_the_library() -> None:
     import inspect
 
-    from retriever.library import DEFAULT_ENCODER, Library
+    from retriever.library import Library
     from retriever.models import DEFAULT_MODEL
 
-    assert cli.DEFAULT_MODEL == DEFAULT_MODEL == DEFAULT_ENCODER
+    default = inspect.signature(Library.create).parameters["encoder"].default
+    assert cli.DEFAULT_MODEL == DEFAULT_MODEL == default
     for command, method in ((cli.search, Library.search), (cli.caption, Library.captions_for)):
         defaults = {option.name: option.default for option in command.params}
         signature = inspect.signature(method).parameters
