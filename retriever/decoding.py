@@ -13,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -224,6 +223,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     16 bits span black to white. 32-bit values come without a range: 0 to 1, 255 or 65535 is told
     by the largest one, and with others the smallest shows black, the largest white. NaN is black.
     """
+    import numpy as np  # rarely needed here, and half of what starting a decoding process takes
+
     values = np.asarray(image)
     if values.dtype.itemsize == 2:
         return Image.fromarray((values >> 8).astype(np.uint8))
