@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import sqlalchemy as sa
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from indexes.errors import (
     InvalidRowsError,
     StoreDamagedError,
+    StoreError,
     StoreLockedError,
     StoreReadOnlyError,
     StoreTooNewError,
 )
-from indexes.locks import may_write
+from indexes.files import may_write, sync
 from indexes.migrations import MIGRATIONS, WORDS
 from indexes.records import (
     CaptionRow,
@@ -37,6 +38,8 @@ from indexes.records import (
     Kind,
     KnownFile,
     ModelSpec,
+    RootInfo,
+    Status,
 )
 
 BUSY_SECONDS = 30
@@ -70,6 +73,7 @@ roots = sa.Table(
     metadata,
     sa.Column("id", _key, primary_key=True),
     sa.Column("path", sa.LargeBinary),
+    sa.Column("indexed_at", sa.DateTime),  # UTC
 )
 items = sa.Table(
     "items",
@@ -131,7 +135,6 @@ index_files = sa.Table(
     sa.Column("change", sa.BigInteger),
     sa.Column("rows", sa.BigInteger),
     sa.Column("size_bytes", sa.BigInteger),
-    sa.Column("mtime_ns", sa.BigInteger),
     sa.Column("checksum", sa.Text),
 )
 schema_migrations = sa.Table(
@@ -153,7 +156,7 @@ class Catalogue:
         """Open the SQLite file at `path`, made if it is absent and may be written."""
         self.path = path
         self.read_only = read_only
-        self.model_id = 0  # set by `create_model` or `read_model`
+        self.model_id = 0  # set by `add_model` or `use_model`
         if read_only:
             # A new connection for each snapshot: see _connect_read_only.
             self._engine = sa.create_engine(
@@ -185,37 +188,41 @@ class Catalogue:
             with connection.begin():
                 yield Transaction(connection, self.model_id, self.path)
 
-    def migrate(self, *, create: bool = False) -> None:
-        """Bring the schema up to date; tables come into an empty database only with `create`.
+    def pending_migrations(self, *, create: bool = False) -> int:
+        """How many migrations this database lacks; an empty one is ours only with `create`.
 
-        Raises StoreTooNewError if the schema is ahead of us.
+        Raises StoreDamagedError, and StoreTooNewError if the schema is ahead of us.
         """
         with _translated(self.path), self._engine.connect() as connection:
             applied = _applied_migrations(connection)
         if not applied and not create:
             raise StoreDamagedError(
-                f"{self.path} is not a catalogue of ours, or is empty; restore it from a copy, "
-                "or remove the library and index again"
+                f"{self.path} is not a catalogue of ours, or is empty; {_WAY_OUT}"
             )
         if applied > len(MIGRATIONS):
             raise StoreTooNewError(
                 f"{self.path} has schema {applied}, this version knows up to {len(MIGRATIONS)}: "
                 "update the software, or use a library of its own for each version"
             )
+        return len(MIGRATIONS) - applied
+
+    def migrate(self) -> None:
+        """Bring the schema up to date; the caller holds the store's lock.
+
+        A database with rows is copied first, to `catalogue.schema-N.sqlite` beside it.
+        """
+        with _translated(self.path), self._engine.connect() as connection:
+            applied = _applied_migrations(connection)
         if applied == len(MIGRATIONS):
             return
-        if self.read_only:
-            raise StoreReadOnlyError(
-                f"{self.path} must be upgraded from schema {applied} to {len(MIGRATIONS)}, "
-                "but may not be written"
-            )
+        if applied:
+            self.copy(self.path.with_name(f"{self.path.stem}.schema-{applied}.sqlite"))
         with _translated(self.path), self._engine.connect() as connection:
             connection = connection.execution_options(writes=True)
             with connection.begin():
                 metadata.create_all(connection, tables=[schema_migrations])
                 words = WORDS[self._engine.dialect.name]
-                # Counted again: another process may have been here before our lock.
-                for number in range(_applied_migrations(connection), len(MIGRATIONS)):
+                for number in range(applied, len(MIGRATIONS)):
                     migration = MIGRATIONS[number]
                     for statement in migration(words):
                         connection.exec_driver_sql(statement)
@@ -227,21 +234,55 @@ class Catalogue:
                         )
                     )
 
-    def create_model(self, model: ModelSpec) -> None:
-        """Make `model` the one of this new catalogue; raises InvalidRowsError if it has one."""
+    def copy(self, destination: Path) -> None:
+        """A consistent copy of the database, whole or absent, whatever others write meanwhile.
+
+        Raises StoreReadOnlyError.
+        """
+        beside = destination.with_name(destination.name + ".tmp")
+        beside.unlink(missing_ok=True)
+        try:
+            with self._plainly() as connection:
+                connection.execute("VACUUM INTO ?", (os.fspath(beside),))
+            sync(beside)
+            beside.replace(destination)
+            sync(destination.parent)
+        except OSError as error:
+            raise StoreReadOnlyError(
+                f"{destination} could not be written ({error.strerror}); nothing was changed"
+            ) from error
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def vacuum(self) -> None:
+        """Give the space of what was deleted back to the file system; needs as much for a while."""
+        with self._plainly() as connection:
+            connection.execute("VACUUM")
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    @contextmanager
+    def _plainly(self) -> Iterator[Any]:
+        """A connection outside any transaction, for what SQLite does only there."""
+        with _translated(self.path):
+            connection = self._engine.raw_connection()
+            try:
+                yield connection.driver_connection
+            finally:
+                connection.close()
+
+    def add_model(self, model: ModelSpec) -> None:
+        """Take a model up and work with it; the first one of a catalogue becomes its default."""
         with self.write() as rows:
             self.model_id = rows.add_model(model)
 
-    def read_model(self) -> ModelSpec | None:
-        """The model that made the embeddings; None in a catalogue that was never completed."""
-        with _translated(self.path), self._engine.connect() as connection, connection.begin():
-            row = connection.execute(
-                sa.select(models).join(store_info, store_info.c.model_id == models.c.id)
-            ).first()
-        if row is None:
+    def use_model(self, fingerprint: str | None = None) -> ModelSpec | None:
+        """Work with the model of this fingerprint, or with the default; None if there is none."""
+        with self.read() as rows:
+            found = rows.model(fingerprint)
+        if found is None:
             return None
-        self.model_id = row.id
-        return ModelSpec(row.name, row.dim, row.fingerprint)
+        self.model_id, model = found
+        return model
 
     def _connect_read_only(self) -> sqlite3.Connection:
         # SQLite can read a database in WAL mode only beside its -wal and -shm files, which it
@@ -261,6 +302,12 @@ class Catalogue:
             connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power cut
 
 
+_WAY_OUT = (
+    "`retriever repair` saves what can be read; or restore a backup, or remove the library and "
+    "index again"
+)
+
+
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     """Database errors as ours, each with what happened and the way out."""
@@ -269,24 +316,34 @@ def _translated(path: Path) -> Iterator[None]:
     except sa.exc.IntegrityError as error:
         raise InvalidRowsError(f"nothing was written: {error.orig}") from error
     except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
-        words = str(getattr(error, "orig", error))
-        if "locked" in words:
-            raise StoreLockedError(
-                f"{path} is in use by another process; try again when it is done"
-            ) from error
-        if "full" in words or "readonly" in words:
-            raise StoreReadOnlyError(
-                f"{path} could not be written ({words}); what was there before is kept"
-            ) from error
-        if "unable to open" in words:
-            raise StoreReadOnlyError(
-                f"{path} cannot be opened ({words}); check its permissions and, if "
-                f"{path.name}-wal lies beside it, open it once where it may be written"
-            ) from error
-        raise StoreDamagedError(
-            f"{path} cannot be read as a catalogue ({words}); restore it from a copy, "
-            "or remove the library and index again"
-        ) from error
+        raise _our_error(path, getattr(error, "orig", error)) from error
+
+
+def _our_error(path: Path, error: Any) -> StoreError:
+    words = str(error)
+    code = getattr(error, "sqlite_errorname", "")
+    if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return StoreLockedError(f"{path} is in use by another process; try again when it is done")
+    if code.startswith("SQLITE_FULL"):
+        return StoreReadOnlyError(
+            f"{path} could not be written: the disk is full; what was there before is kept, "
+            "and the same command goes on once there is room"
+        )
+    if code.startswith("SQLITE_READONLY"):
+        return StoreReadOnlyError(
+            f"{path} could not be written ({words}); what was there before is kept"
+        )
+    if code.startswith("SQLITE_IOERR") and code != "SQLITE_IOERR_SHORT_READ":
+        return StoreReadOnlyError(
+            f"{path} could not be read or written ({words}): is the disk full, over a quota or "
+            "failing? What was committed before is kept"
+        )
+    if code.startswith("SQLITE_CANTOPEN"):
+        return StoreReadOnlyError(
+            f"{path} cannot be opened ({words}); check its permissions and, if "
+            f"{path.name}-wal lies beside it, open it once where it may be written"
+        )
+    return StoreDamagedError(f"{path} cannot be read as a catalogue ({words}); {_WAY_OUT}")
 
 
 def _item_values(root_id: int, item: ItemWrite) -> dict[str, Any]:
@@ -343,13 +400,92 @@ class Snapshot:
         ).one()
         return row.generation, row.change
 
+    def of_model(self, model_id: int) -> Self:
+        """The same state as seen by another model."""
+        return type(self)(self._connection, model_id, self._path)
+
+    def model(self, fingerprint: str | None = None) -> tuple[int, ModelSpec] | None:
+        """Id and description of the model of this fingerprint, or of the default."""
+        statement = sa.select(models)
+        if fingerprint is None:
+            statement = statement.join(store_info, store_info.c.model_id == models.c.id)
+        else:
+            statement = statement.where(models.c.fingerprint == fingerprint)
+        row = self._connection.execute(statement).first()
+        return (row.id, ModelSpec(row.name, row.dim, row.fingerprint)) if row else None
+
+    def models(self) -> dict[int, ModelSpec]:
+        """All models by id, the default first, then as they were added."""
+        default = self._connection.execute(sa.select(store_info.c.model_id)).scalar()
+        rows = self._all(sa.select(models).order_by(models.c.id != default, models.c.id))
+        return {row.id: ModelSpec(row.name, row.dim, row.fingerprint) for row in rows}
+
+    def pending(self) -> set[int]:
+        """Items that can be read and that this model has not embedded, or not all captions of."""
+        if len(self.models()) == 1:
+            return set()  # the writer sees to it that what is there has an embedding
+        pictures = sa.select(items.c.id).where(items.c.status == "ok", ~self._embedded("image"))
+        return {row.id for row in self._all(pictures)} | self._pending_captions()
+
+    def _pending_captions(self) -> set[int]:
+        statement = (
+            sa.select(captions.c.item_id)
+            .join(items, items.c.id == captions.c.item_id)
+            .where(items.c.status == "ok", ~self._embedded("caption"))
+            .distinct()
+        )
+        return {row.item_id for row in self._all(statement)}
+
+    def _embedded(self, kind: Kind, *, by_any: bool = False) -> sa.ColumnElement[bool]:
+        """Whether this model, or any, has embedded the item or caption of the outer query."""
+        table, owner = embeddings[kind], (items if kind == "image" else captions).c.id
+        statement = sa.select(1).where(table.c.owner_id == owner)
+        if not by_any:
+            statement = statement.where(table.c.model_id == self.model_id)
+        return statement.exists()
+
     def roots(self) -> list[tuple[int, Path]]:
         """Ids and absolute paths of the roots, in the order they were added."""
         rows = self._all(sa.select(roots).order_by(roots.c.id))
         return [(row.id, Path(os.fsdecode(row.path))) for row in rows]
 
+    def root_infos(self) -> list[RootInfo]:
+        """The roots and what is known of each, in the order they were added."""
+        failed = sa.func.sum(sa.case((items.c.status == "failed", 1), else_=0))
+        statement = (
+            sa.select(roots, sa.func.count(items.c.id).label("count"), failed.label("failed"))
+            .outerjoin(items, items.c.root_id == roots.c.id)
+            .group_by(roots.c.id)
+            .order_by(roots.c.id)
+        )
+        return [
+            RootInfo(
+                row.id,
+                Path(os.fsdecode(row.path)),
+                row.count,
+                row.failed,
+                row.indexed_at.replace(tzinfo=UTC) if row.indexed_at else None,
+            )
+            for row in self._all(statement)
+        ]
+
+    def item_ids(self, root_id: int | None = None) -> list[int]:
+        """Ids of all items, or of those under a root, ascending."""
+        statement = sa.select(items.c.id).order_by(items.c.id)
+        if root_id is not None:
+            statement = statement.where(items.c.root_id == root_id)
+        return [row.id for row in self._all(statement)]
+
     def known_files(self, root_id: int) -> dict[str, KnownFile]:
         """Everything known under a root, by file."""
+        pending_pictures: set[int] = set()
+        pending_captions: set[int] = set()
+        if len(self.models()) > 1:
+            unseen = sa.select(items.c.id).where(
+                items.c.root_id == root_id, items.c.status == "ok", ~self._embedded("image")
+            )
+            pending_pictures = {row.id for row in self._all(unseen)}
+            pending_captions = self._pending_captions()
         texts = self._captions_by_item(
             sa.select(captions)
             .join(items, items.c.id == captions.c.item_id)
@@ -369,7 +505,15 @@ class Snapshot:
         ):
             file = os.fsdecode(name)
             known[file] = KnownFile(
-                item_id, file, size, mtime_ns, content_hash, status, texts.get(item_id, ())
+                item_id,
+                file,
+                size,
+                mtime_ns,
+                content_hash,
+                status,
+                texts.get(item_id, ()),
+                item_id not in pending_pictures,
+                item_id not in pending_captions,
             )
         return known
 
@@ -522,44 +666,49 @@ class Snapshot:
         ).first()
         if row is None:
             return None
-        stamp = FileStamp(row.size_bytes, row.mtime_ns, row.checksum)
+        stamp = FileStamp(row.size_bytes, row.checksum)
         return IndexFile(row.name, row.generation, row.change, row.rows, stamp)
 
     def index_file_names(self) -> set[str]:
         """Names of all FAISS files of any model that are in use."""
         return {row.name for row in self._all(sa.select(index_files.c.name))}
 
+    def structure_problems(self) -> list[str]:
+        """What SQLite finds wrong with the database file."""
+        lines = self._connection.exec_driver_sql("PRAGMA integrity_check")
+        return [f"SQLite integrity: {line}" for (line,) in lines if line != "ok"]
+
     def problems(self) -> list[str]:
         """What is wrong with the database itself and between its tables."""
-        found = []
-        for (line,) in self._connection.exec_driver_sql("PRAGMA integrity_check"):
-            if line != "ok":
-                found.append(f"SQLite integrity: {line}")
+        found = self.structure_problems()
         for table, row_id, parent, _ in self._connection.exec_driver_sql(
             "PRAGMA foreign_key_check"
         ):
             found.append(f"row {row_id} of {table} points to a missing row of {parent}")
-        images, texts = embeddings["image"], embeddings["caption"]
-        expectations = [
-            ("without an embedding", items.c.id, "ok", images, False),
-            ("failed, yet with an embedding", items.c.id, "failed", images, True),
-            ("with a caption without an embedding", captions.c.id, "ok", texts, False),
-            ("failed, yet with an embedded caption", captions.c.id, "failed", texts, True),
+        expectations: list[tuple[str, Kind, Status, bool]] = [
+            ("without an embedding", "image", "ok", False),
+            ("failed, yet with an embedding", "image", "failed", True),
+            ("with a caption without an embedding", "caption", "ok", False),
+            ("failed, yet with an embedded caption", "caption", "failed", True),
         ]
-        for words, owner, status, table, present in expectations:
-            has_one = (
-                sa.select(1)
-                .where(table.c.owner_id == owner, table.c.model_id == self.model_id)
-                .exists()
-            )
-            statement = sa.select(items.c.id, items.c.file).where(items.c.status == status)
-            if owner.table is captions:
-                statement = statement.join(captions, captions.c.item_id == items.c.id)
+        for words, kind, status, present in expectations:
             found += [
-                f"item {row.id} ({os.fsdecode(row.file)!r}) is {words}"
-                for row in self._all(statement.where(has_one if present else ~has_one))
+                f"item {item_id} ({file!r}) is {words}"
+                for item_id, file in self.at_odds(kind, status, present)
             ]
         return found
+
+    def at_odds(self, kind: Kind, status: Status, present: bool) -> list[tuple[int, str]]:
+        """Id and file of items with this status that have, or lack, embeddings of any model.
+
+        An item that could be read has one of itself and of each caption, a failed one has none.
+        """
+        has_one = self._embedded(kind, by_any=True)
+        statement = sa.select(items.c.id, items.c.file).where(items.c.status == status)
+        if kind == "caption":
+            statement = statement.join(captions, captions.c.item_id == items.c.id).distinct()
+        rows = self._all(statement.where(has_one if present else ~has_one))
+        return [(row.id, os.fsdecode(row.file)) for row in rows]
 
 
 class Transaction(Snapshot):
@@ -584,18 +733,119 @@ class Transaction(Snapshot):
             yield
 
     def add_model(self, model: ModelSpec) -> int:
-        """Id of the model, now the one of this new catalogue."""
+        """Id of the model, made if absent; the first one becomes the default."""
+        if found := self.model(model.fingerprint):
+            return found[0]
         model_id = self._insert(
             models, name=model.name, dim=model.dim, fingerprint=model.fingerprint
         )
-        self._insert(store_info, id=1, model_id=model_id, generation=0, change=0)
+        if self._connection.execute(sa.select(store_info.c.id)).first() is None:
+            self._insert(store_info, id=1, model_id=model_id, generation=0, change=0)
         return model_id
+
+    def set_default_model(self, model_id: int) -> None:
+        """Open the store with this model from now on."""
+        self._connection.execute(store_info.update().values(model_id=model_id))
+
+    def drop_model(self, model_id: int) -> None:
+        """Forget a model that is not the default, with all that it embedded."""
+        # What only this model has seen would be left with no embedding at all: such items are
+        # read again by the next run, as those are whose bytes could not be read.
+        for table in (*embeddings.values(), tombstones, index_files):
+            self._connection.execute(table.delete().where(table.c.model_id == model_id))
+        self._connection.execute(models.delete().where(models.c.id == model_id))
+        self.forget_contents(
+            [item_id for item_id, _ in self.at_odds("image", "ok", False)],
+            "was embedded only by a model that was dropped; index its folder again",
+        )
+        self.forget_contents(
+            [item_id for item_id, _ in self.at_odds("caption", "ok", False)],
+            "had a caption only of a model that was dropped; index its folder again",
+        )
+
+    def forget_contents(self, ids: Collection[int], reason: str) -> None:
+        """Items as failed, with no hash, so that the next run over them reads them again."""
+        self._drop_embeddings("image", ids)
+        self._drop_embeddings("caption", self.caption_ids(ids))
+        distinct = list(dict.fromkeys(ids))
+        for start in range(0, len(distinct), IN_CHUNK):
+            self._connection.execute(
+                items.update()
+                .where(items.c.id.in_(distinct[start : start + IN_CHUNK]))
+                .values(status="failed", reason=reason, content_hash=None)
+            )
+
+    def remove_orphans(self) -> int:
+        """Delete rows that point to rows that are gone; how many."""
+        count = 0
+        while True:
+            found = self._connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+            for table, row_id, _, _ in found:
+                self._connection.execute(
+                    sa.delete(metadata.tables[table]).where(sa.text("rowid = :id")), {"id": row_id}
+                )
+            if not found:
+                return count
+            count += len(found)
+
+    def misfits(self, kind: Kind, dim: int, is_unit: Callable[[Vectors], Any]) -> dict[int, int]:
+        """Change number of embeddings that are not of `dim` dimensions or not unit rows, by id."""
+        table = embeddings[kind]
+        found: dict[int, int] = {}
+        statement = (
+            sa.select(table.c.owner_id, table.c.change, table.c.vector)
+            .where(table.c.model_id == self.model_id)
+            .execution_options(yield_per=VECTOR_CHUNK)
+        )
+        for rows in self._connection.execute(statement).partitions():
+            whole = [row for row in rows if len(row.vector) == 2 * dim]
+            packed = np.frombuffer(b"".join(row.vector for row in whole), dtype="<f2")
+            fits = {
+                row.owner_id
+                for row, fine in zip(whole, is_unit(packed.reshape(-1, dim)), strict=True)
+                if fine
+            }
+            found |= {row.owner_id: row.change for row in rows if row.owner_id not in fits}
+        return found
+
+    def lacking(self, kind: Kind) -> list[int]:
+        """Items that could be read, or captions of such, that this model has no embedding of."""
+        owner = (items if kind == "image" else captions).c.id
+        statement = sa.select(owner).where(items.c.status == "ok", ~self._embedded(kind))
+        if kind == "caption":
+            statement = statement.join(items, items.c.id == captions.c.item_id)
+        return [row.id for row in self._all(statement)]
+
+    def replace_embeddings(
+        self, kind: Kind, gone: Collection[int], rows: Sequence[tuple[int, Vectors]]
+    ) -> None:
+        """Delete embeddings of this model, by id, and put others."""
+        table = embeddings[kind]
+        self._delete(table, table.c.owner_id, gone, table.c.model_id == self.model_id)
+        self._put_embeddings(kind, rows)
+
+    def embed(self, kind: Kind, rows: Sequence[tuple[int, Vectors]]) -> None:
+        """Set this model's embeddings of items or captions that have none of its."""
+        self._put_embeddings(kind, rows)
 
     def add_root(self, path: Path) -> int:
         """Id of the root, made if absent."""
         name = os.fsencode(path)
         found = self._connection.execute(sa.select(roots.c.id).where(roots.c.path == name)).scalar()
         return int(found) if found is not None else self._insert(roots, path=name)
+
+    def remove_root(self, root_id: int) -> int:
+        """Forget a root with its items; how many these were."""
+        ids = self.item_ids(root_id)
+        self.remove(ids)
+        self._connection.execute(roots.delete().where(roots.c.id == root_id))
+        return len(ids)
+
+    def update_root(self, root_id: int, **values: Any) -> None:
+        """Set a root's path or the time of its last full run."""
+        if "path" in values:
+            values["path"] = os.fsencode(values["path"])
+        self._connection.execute(roots.update().where(roots.c.id == root_id).values(**values))
 
     def write_items(self, root_id: int, batch: Sequence[ItemWrite]) -> list[int]:
         """Ids of these items, in order, which are now as the batch says."""
@@ -686,30 +936,26 @@ class Transaction(Snapshot):
         self._drop_captions(ids)
         self._delete(items, items.c.id, ids)
 
-    def record_index(self, kind: Kind, file: IndexFile | None) -> None:
-        """Make `file` the one to use (None: there are no vectors), as a new generation."""
-        mine = (index_files.c.kind == kind) & (index_files.c.model_id == self.model_id)
-        self._connection.execute(index_files.delete().where(mine))
+    def record_index(self, model_id: int, kind: Kind, file: IndexFile | None) -> None:
+        """Make `file` the one to use (None: there are no vectors), in this generation."""
+        for table in (index_files, tombstones):
+            # The file was made of what is here now, so nothing in it waits to be struck out.
+            self._connection.execute(
+                table.delete().where(table.c.kind == kind, table.c.model_id == model_id)
+            )
         if file is not None:
             self._connection.execute(
                 index_files.insert().values(
                     kind=kind,
-                    model_id=self.model_id,
+                    model_id=model_id,
                     name=file.name,
                     generation=file.generation,
                     change=file.change,
                     rows=file.rows,
                     size_bytes=file.stamp.size_bytes,
-                    mtime_ns=file.stamp.mtime_ns,
                     checksum=file.stamp.checksum,
                 )
             )
-        # The file was made of what is here now, so nothing in it waits to be struck out.
-        self._connection.execute(
-            tombstones.delete().where(
-                tombstones.c.kind == kind, tombstones.c.model_id == self.model_id
-            )
-        )
 
     def next_generation(self) -> int:
         """A new generation's number."""

@@ -7,10 +7,13 @@ import os
 import socket
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from indexes.errors import StoreLockedError, StoreReadOnlyError
+from indexes.files import LOCK
 
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
@@ -63,9 +66,14 @@ class WriterLock:
             _held.discard(self)
 
 
-def may_write(path: Path) -> bool:
-    """Whether this process may write to an existing file or folder."""
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Write to a store's folder, alone, for the length of a `with` block."""
+    lock = WriterLock(folder / LOCK)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _describe(note: bytes) -> str:

@@ -86,4 +86,15 @@ def m001_create_tables(words: Mapping[str, str]) -> Sequence[str]:
     ]
 
 
-MIGRATIONS: tuple[Callable[[Mapping[str, str]], Sequence[str]], ...] = (m001_create_tables,)
+def m002_remember_full_runs(words: Mapping[str, str]) -> Sequence[str]:
+    """When a root was last indexed as a whole; FAISS files are known by their checksum alone."""
+    return [
+        "ALTER TABLE roots ADD COLUMN indexed_at TIMESTAMP",
+        "ALTER TABLE index_files DROP COLUMN mtime_ns",
+    ]
+
+
+MIGRATIONS: tuple[Callable[[Mapping[str, str]], Sequence[str]], ...] = (
+    m001_create_tables,
+    m002_remember_full_runs,
+)

@@ -25,6 +25,32 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model whose embeddings a store holds, and what it has not embedded yet.
+
+    `pending` counts the pictures that can be read and that this model lacks, in whole or in a
+    caption: a search by it does not see all of them.
+    """
+
+    spec: ModelSpec
+    is_default: bool
+    pictures: int
+    captions: int
+    pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class RootInfo:
+    """A folder that was indexed: absolute path, pictures, failed ones, end of the last full run."""
+
+    root_id: int
+    path: Path
+    items: int
+    failures: int
+    indexed_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class CaptionRow:
     """A caption and where it came from, such as "sidecar" or "exif"."""
 
@@ -34,7 +60,11 @@ class CaptionRow:
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
-    """What the catalogue remembers of a file, enough to see whether it changed."""
+    """What the catalogue remembers of a file, enough to see whether it changed.
+
+    `picture_embedded` and `captions_embedded` say whether the store's model has embedded the
+    picture and all of its captions; another model of the same library may have been ahead.
+    """
 
     item_id: int
     file: str
@@ -43,6 +73,8 @@ class KnownFile:
     content_hash: bytes | None
     status: Status
     captions: tuple[CaptionRow, ...]
+    picture_embedded: bool = True
+    captions_embedded: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +139,6 @@ class FileStamp:
     """What tells that a file on disk is the one that was written; `checksum` is XXH3-128, hex."""
 
     size_bytes: int
-    mtime_ns: int
     checksum: str
 
 
@@ -136,12 +167,16 @@ class KindInfo(TypedDict):
 
 
 class StoreInfo(TypedDict):
-    """What `Store.info` tells; `index` has the kinds "image" and "caption"."""
+    """What `Store.info` tells; `index` has the kinds "image" and "caption".
+
+    `model` is the one that the store was opened with, `models` names all, the default first.
+    """
 
     items: int
     captions: int
     failures: int
     model: dict[str, str | int]
+    models: list[dict[str, str | int | bool]]
     generation: int
     index: dict[str, KindInfo]
     size_bytes: int

@@ -26,8 +26,8 @@ RIGHT, UP = np.array([1, 0], dtype=np.float32), np.array([0, 1], dtype=np.float3
 @pytest.fixture
 def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
     made = Catalogue(tmp_path / "catalogue.sqlite")
-    made.migrate(create=True)
-    made.create_model(MODEL)
+    made.migrate()
+    made.add_model(MODEL)
     yield made
     made.close()
 
@@ -66,8 +66,8 @@ def test_a_newer_schema_is_refused(catalogue):
         rows._connection.execute(
             tables.schema_migrations.insert().values(number=99, name="m099", applied_at="later")
         )
-    with pytest.raises(StoreTooNewError, match=r"has schema 99, this version knows up to 1: "):
-        catalogue.migrate()
+    with pytest.raises(StoreTooNewError, match=r"has schema 99, this version knows up to 2: "):
+        catalogue.pending_migrations()
 
 
 @pytest.mark.parametrize("content", [b"", b"SQLite format 3\0 and then nothing", b"x" * 9000])
@@ -76,7 +76,7 @@ def test_a_file_that_is_no_catalogue_is_refused_and_left_alone(tmp_path, content
     path.write_bytes(content)
     stranger = Catalogue(path)
     with pytest.raises(StoreDamagedError):
-        stranger.migrate()
+        stranger.pending_migrations()
     stranger.close()
     if content:
         assert path.read_bytes() == content
@@ -89,7 +89,7 @@ def test_somebody_elses_database_is_refused_and_left_alone(tmp_path):
     connection.close()
     stranger = Catalogue(path)
     with pytest.raises(StoreDamagedError, match="not a catalogue of ours"):
-        stranger.migrate()
+        stranger.pending_migrations()
     stranger.close()
     connection = sqlite3.connect(path)
     assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("theirs",)]

@@ -1,0 +1,277 @@
+"""The care of a store: verify what is there, mend it, copy it.
+
+What can be believed: SQLite checks the structure of its file, not the bytes of a vector; a FAISS
+file is whole if its checksum is the recorded one. So where the two disagree on a vector that both
+hold, the FAISS file is right.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indexes.catalogue import Catalogue
+from indexes.errors import (
+    StoreDamagedError,
+    StoreExistsError,
+    StoreNotFoundError,
+    StoreReadOnlyError,
+)
+from indexes.files import CATALOGUE, sync
+from indexes.locks import locked
+from indexes.records import KINDS, Kind, ModelSpec
+from indexes.salvage import salvage
+from indexes.vectors import IndexFileError, VectorIndex
+from indexes.writer import Writer
+
+if TYPE_CHECKING:
+    from indexes.catalogue import Snapshot, Transaction
+
+STORED_TOLERANCE = 2e-3  # of a length, after rounding to float16
+# Where a catalogue that was saved from a damaged one waits to take its place.
+SAVED = "catalogue.saved.sqlite"
+LOST = "its embedding was lost; index its folder again"
+
+
+def verify(path: Path, catalogue: Catalogue) -> list[str]:
+    """Problems found by reading all of a store; empty means clean.
+
+    Checks SQLite's integrity, foreign keys, that exactly what should have an embedding has one,
+    that embeddings are finite and of unit length, and that the FAISS files of every model have the
+    recorded generation, size and checksum and hold the very vectors of the catalogue.
+    """
+    found: list[str] = []
+    try:
+        with catalogue.read() as state:
+            found += state.problems()
+            for model_id, model in state.models().items():
+                for kind in KINDS:
+                    found += _verify_kind(path, state.of_model(model_id), model, kind)
+    except StoreDamagedError as error:
+        found.append(str(error))
+    return found
+
+
+def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> list[str]:
+    found: list[str] = []
+    generation, change = rows.version()
+    file, index = rows.index_file(kind), None
+    if file is not None:
+        if file.generation > generation or file.change > change:
+            found.append(f"{file.name} is of a later generation than the catalogue")
+        try:
+            index = VectorIndex.load(
+                path / file.name, dim=model.dim, rows=file.rows, stamp=file.stamp
+            )
+        except IndexFileError as error:
+            found.append(f"{error}; rebuild makes it again")
+    after = file.change if file is not None else -1
+    beside = _ids_after(rows, kind, after)
+    missing = 0
+    expected = np.zeros(len(index) if index is not None else 0, dtype=np.bool_)
+    for ids, stored in rows.vectors(kind):
+        if stored.shape[1] != model.dim:
+            return [*found, f"{kind} embeddings have {stored.shape[1]} dimensions"]
+        found += [
+            f"the {kind} embedding of {owner_id} is not a unit vector"
+            for owner_id in ids[~_is_unit(stored)]
+        ]
+        if index is None:
+            continue
+        in_file = ~np.isin(ids, beside)
+        positions, present = index.find(ids[in_file])
+        missing += int((~present).sum())
+        expected[positions] = True
+        differs = (index.vectors(positions) != stored[in_file][present]).any(axis=1)
+        found += [
+            f"the FAISS file has another {kind} vector for {owner_id}"
+            for owner_id in index.ids[positions[differs]]
+        ]
+    if index is not None:
+        expected[index.find(np.concatenate([rows.removed(kind), beside]))[0]] = True
+        extra = int((~expected).sum())
+        if missing or extra:
+            found.append(f"the FAISS file of {kind}s lacks {missing} rows and has {extra} more")
+    return found
+
+
+def backup(path: Path, catalogue: Catalogue, destination: Path) -> None:
+    """Copy the store at `path`, as it is at one moment, into a new folder; see `Store.backup`."""
+    if destination.exists():
+        raise StoreExistsError(f"{destination} exists already: name a new folder for the copy")
+    beside = destination.with_name(destination.name + ".partial")
+    try:
+        if beside.exists():  # of a copy that was cut off
+            shutil.rmtree(beside)
+        beside.mkdir(parents=True)
+        catalogue.copy(beside / CATALOGUE)
+        copied = Catalogue(beside / CATALOGUE)
+        try:
+            with copied.read() as rows:
+                names = rows.index_file_names()
+            for name in names:
+                # A writer may have replaced it since; it is then made again from the copy.
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(path / name, beside / name)
+                    sync(beside / name)
+            copied.use_model()
+            Writer(beside, copied, 0).finish(all_models=True)
+        finally:
+            copied.close()
+        beside.rename(destination)
+        sync(destination.parent)
+    except OSError as error:
+        raise StoreReadOnlyError(
+            f"{destination} could not be written ({error.strerror}); the library itself is as it "
+            "was"
+        ) from error
+
+
+def repair(path: Path) -> list[str]:
+    """Mend the store at `path` as far as that can be done, and say what was done.
+
+    A catalogue that SQLite finds damaged is replaced by what can be read of it, and kept beside
+    the new one. Vectors are taken from a FAISS file that is provably whole; a picture whose vector
+    is lost is marked, so that the next run of `index` over its folder reads it again.
+
+    Raises StoreNotFoundError, StoreTooNewError, StoreLockedError, StoreReadOnlyError, and
+    StoreDamagedError if nothing of the catalogue can be read.
+    """
+    if not (path / CATALOGUE).is_file():
+        raise StoreNotFoundError(f"there is no library at {path}")
+    with locked(path):
+        done = list(_mend_database(path))
+        catalogue = Catalogue(path / CATALOGUE)
+        try:
+            if catalogue.pending_migrations():
+                catalogue.migrate()
+            if catalogue.use_model() is None:
+                raise StoreDamagedError(
+                    f"{path} no longer says which model made it: restore a backup, or remove the "
+                    "library and index again"
+                )
+            done += _mend_rows(path, catalogue)
+            done += _mend_files(path, catalogue)
+        finally:
+            catalogue.close()
+    return done
+
+
+def _mend_database(path: Path) -> Iterator[str]:
+    """Replaces a database that SQLite finds damaged by what can be read of it."""
+    file, saved = path / CATALOGUE, path / SAVED
+    if not saved.exists():
+        if _is_sound(file):
+            return
+        # Made anew under its own name and complete once it has it, because the damaged one must
+        # not go before.
+        copied = salvage(file, saved)
+        yield from copied
+    kept = file.with_name(f"catalogue.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}.sqlite")
+    for suffix in ("", "-wal"):
+        with suppress(FileNotFoundError):
+            shutil.copyfile(f"{file}{suffix}", f"{kept}{suffix}")
+    # A log of the old database would be played into the new one.
+    for suffix in ("-wal", "-shm"):
+        file.with_name(file.name + suffix).unlink(missing_ok=True)
+    saved.replace(file)
+    sync(path)
+    yield f"the catalogue was damaged: what could be read is the new one, the old is {kept.name}"
+
+
+def _is_sound(file: Path) -> bool:
+    catalogue = Catalogue(file)
+    try:
+        catalogue.pending_migrations()
+        with catalogue.read() as rows:
+            return not rows.structure_problems()
+    except StoreDamagedError:
+        return False
+    finally:
+        catalogue.close()
+
+
+def _mend_rows(path: Path, catalogue: Catalogue) -> Iterator[str]:
+    with catalogue.write() as state:
+        if orphans := state.remove_orphans():
+            yield f"{orphans} rows that belong to nothing were removed"
+        for model_id, model in state.models().items():
+            rows = state.of_model(model_id)
+            for kind in KINDS:
+                yield from _mend_vectors(path, rows, model, kind)
+        for kind in KINDS:
+            if extra := {item_id for item_id, _ in state.at_odds(kind, "failed", True)}:
+                state.forget_contents(extra, "was embedded and yet had failed; index it again")
+                yield f"{len(extra)} failed pictures had embeddings, which were removed"
+            if bare := {item_id for item_id, _ in state.at_odds(kind, "ok", False)}:
+                state.forget_contents(bare, LOST)
+                yield (
+                    f"{len(bare)} pictures have lost an embedding: `retriever index` reads them "
+                    "again"
+                )
+
+
+def _mend_vectors(path: Path, rows: Transaction, model: ModelSpec, kind: Kind) -> Iterator[str]:
+    wrong = rows.misfits(kind, model.dim, _is_unit)
+    rows.replace_embeddings(kind, wrong, [])
+    healed: list[tuple[int, NDArray[np.float16]]] = []
+    file = rows.index_file(kind)
+    with suppress(IndexFileError):
+        if file is not None:
+            index = VectorIndex.load(
+                path / file.name, dim=model.dim, rows=file.rows, stamp=file.stamp
+            )
+            # Only what has not changed since the file was written is the same in both.
+            beside = _ids_after(rows, kind, file.change)
+            for ids, stored in rows.vectors(kind):
+                positions, present = index.find(ids)
+                theirs = index.vectors(positions).astype(np.float16)
+                differs = (theirs != stored[present]).any(axis=1)
+                differs &= ~np.isin(ids[present], beside)
+                healed += zip(ids[present][differs].tolist(), theirs[differs], strict=True)
+            wanted = {id_ for id_, change in wrong.items() if change <= file.change}
+            if rows.version()[1] == file.change:
+                wanted.update(rows.lacking(kind))
+            positions, _ = index.find(np.array(sorted(wanted), dtype=np.int64))
+            theirs = index.vectors(positions).astype(np.float16)
+            healed += zip(index.ids[positions].tolist(), theirs, strict=True)
+    known = {owner_id for owner_id, _ in healed}
+    if file is not None and healed:
+        rows.replace_embeddings(kind, known, healed)
+        yield f"{len(healed)} {kind} vectors of {model.name} were taken from {file.name}"
+    if lost := len(wrong.keys() - known):
+        yield f"{lost} {kind} vectors of {model.name} were damaged and were removed"
+
+
+def _mend_files(path: Path, catalogue: Catalogue) -> Iterator[str]:
+    with catalogue.read() as state:
+        broken = [
+            problem
+            for model_id, model in state.models().items()
+            for kind in KINDS
+            for problem in _verify_kind(path, state.of_model(model_id), model, kind)
+        ]
+    writer = Writer(path, catalogue, 0)
+    if broken:
+        writer.finish(anew=KINDS, all_models=True)
+        yield f"the FAISS files were made anew: {broken[0]}"
+    else:
+        writer.finish(all_models=True)
+
+
+def _ids_after(rows: Snapshot, kind: Kind, change: int) -> NDArray[np.int64]:
+    """Ids of embeddings written after a change: those that a FAISS file does not have."""
+    found = [ids for ids, _ in rows.vectors(kind, after=change)]
+    return np.concatenate([*found, np.empty(0, dtype=np.int64)])
+
+
+def _is_unit(vectors: NDArray[np.float16]) -> NDArray[np.bool_]:
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    return np.asarray(np.abs(lengths - 1) <= STORED_TOLERANCE)  # False for NaN too

@@ -1,0 +1,305 @@
+"""Writer: every change of a store, each one a transaction; the FAISS files follow at the end.
+
+Made by `Store.writer`, which holds the store's lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indexes.errors import InvalidRowsError, StoreReadOnlyError
+from indexes.files import absolute
+from indexes.records import KINDS, CaptionRow, IndexFile, ItemWrite, Kind, ModelSpec
+
+if TYPE_CHECKING:
+    from indexes.catalogue import Catalogue, Snapshot, Transaction
+
+UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to the store
+_FAISS_NAME = re.compile(r"(image|caption)-\d+-\d+\.faiss(\.tmp)?")
+
+
+class Writer:
+    """Changes a store; every method is one transaction unless called inside `together`.
+
+    Reads of the Store show what was committed, not what an open `together` has done so far.
+    """
+
+    def __init__(self, path: Path, catalogue: Catalogue, dim: int) -> None:
+        """Used by `Store.writer`."""
+        self._path = path
+        self._catalogue = catalogue
+        self._dim = dim
+        self._joined: Transaction | None = None
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All calls inside are one transaction, for many small ones: a commit costs an fsync."""
+        with self._catalogue.write() as transaction:
+            self._joined = transaction
+            try:
+                yield
+            finally:
+                self._joined = None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Transaction]:
+        if self._joined is None:
+            with self._catalogue.write() as transaction:
+                yield transaction
+        else:
+            with self._joined.savepoint():
+                yield self._joined
+
+    def add_root(self, path: Path) -> int:
+        """Id of the root, made if absent."""
+        with self._transaction() as rows:
+            return rows.add_root(absolute(path))
+
+    def forget_root(self, root_id: int) -> int:
+        """Forget a root with all its items, and say how many these were."""
+        with self._transaction() as rows:
+            return rows.remove_root(root_id)
+
+    def relocate_root(self, root_id: int, path: Path) -> None:
+        """The same pictures are at another path now, as after a disk changed its mount point."""
+        with self._transaction() as rows:
+            rows.update_root(root_id, path=absolute(path))
+
+    def mark_indexed(self, root_id: int) -> None:
+        """All of a root was looked at just now."""
+        with self._transaction() as rows:
+            rows.update_root(root_id, indexed_at=datetime.now(UTC).replace(tzinfo=None))
+
+    def set_default_model(self, fingerprint: str) -> None:
+        """Open the store with this model from now on; the others keep their embeddings.
+
+        Raises InvalidRowsError.
+        """
+        with self._transaction() as rows:
+            rows.set_default_model(_model_id(rows, fingerprint))
+
+    def drop_model(self, fingerprint: str) -> None:
+        """Forget all that a model embedded; raises InvalidRowsError for the default one."""
+        with self._transaction() as rows:
+            model_id = _model_id(rows, fingerprint)
+            if model_id == _model_id(rows, None):
+                raise InvalidRowsError("the default model cannot be dropped: make another default")
+            rows.drop_model(model_id)
+        self._sweep()
+
+    def write(self, root_id: int, items: Sequence[ItemWrite]) -> list[int]:
+        """Ids of the items written, in order; all or none.
+
+        Raises InvalidRowsError naming the file if an embedding is not float32, finite and of unit
+        length within 1e-3, or a row contradicts itself; nothing is written then.
+        """
+        places = set()
+        for item in items:
+            self._check_item(item)
+            if item.file in places:
+                raise InvalidRowsError(f"{item.file!r} is in the batch twice")
+            places.add(item.file)
+        with self._transaction() as rows:
+            return rows.write_items(root_id, items)
+
+    def move(self, item_id: int, root_id: int, file: str, size: int, mtime_ns: int) -> None:
+        """The item is now at another place, with all that is known of it.
+
+        Raises InvalidRowsError if there is no such item or another one is at that place: a file
+        with new content at a known place is a change, to be written.
+        """
+        _check_file(file)
+        with self._transaction() as rows:
+            if rows.item_at(root_id, file) not in (None, item_id):
+                raise InvalidRowsError(f"another item is at {file!r} already")
+            rows.update_place(item_id, root_id=root_id, file=file, size=size, mtime_ns=mtime_ns)
+
+    def set_captions(
+        self,
+        item_id: int,
+        captions: Sequence[CaptionRow],
+        embeddings: NDArray[np.float32] | None,
+    ) -> None:
+        """Replace an item's captions; `embeddings` (n_captions, d), None if there are none.
+
+        Raises InvalidRowsError, also for captions of a failed item: those come with `write`.
+        """
+        self._check_captions(f"captions of item {item_id}", captions, embeddings)
+        with self._transaction() as rows:
+            item = rows.items([item_id]).get(item_id)
+            if item is None or item.status != "ok":
+                raise InvalidRowsError(f"there is no item {item_id} that can have captions")
+            rows.set_captions(item_id, captions, embeddings)
+
+    def embed(
+        self,
+        item_id: int,
+        image_embedding: NDArray[np.float32] | None,
+        caption_embeddings: NDArray[np.float32] | None,
+    ) -> None:
+        """Give a known item what this store's model has not embedded yet; None leaves it.
+
+        Args:
+            item_id: an item that could be read.
+            image_embedding: (d,) of the picture.
+            caption_embeddings: (n_captions, d) of all its captions, in their order.
+
+        Raises InvalidRowsError.
+        """
+        what = f"item {item_id}"
+        with self._transaction() as rows:
+            item = rows.items([item_id]).get(item_id)
+            if item is None or item.status != "ok":
+                raise InvalidRowsError(f"there is no item {item_id} that can be embedded")
+            if image_embedding is not None:
+                check_embeddings(what, image_embedding[None], self._dim)
+                rows.embed("image", [(item_id, image_embedding.astype("<f2"))])
+            if caption_embeddings is not None:
+                self._check_captions(what, item.captions, caption_embeddings)
+                ids = rows.caption_ids([item_id])
+                rows.embed("caption", list(zip(ids, caption_embeddings.astype("<f2"), strict=True)))
+
+    def touch(self, item_id: int, size: int, mtime_ns: int) -> None:
+        """Same content, other size or time stamp on disk."""
+        with self._transaction() as rows:
+            rows.update_place(item_id, size=size, mtime_ns=mtime_ns)
+
+    def remove(self, ids: Collection[int]) -> None:
+        """Forget items with their captions and embeddings; unknown ids are ignored."""
+        with self._transaction() as rows:
+            rows.remove(ids)
+
+    def finish(self, *, anew: Collection[Kind] = (), all_models: bool = False) -> None:
+        """Bring the FAISS files up to date, as a new generation; nothing to do is done in no time.
+
+        A file is written whole beside its final name, synced, renamed, then recorded; killed
+        anywhere in between, the one before stays in use. Kinds in `anew` are written in any case.
+        Raises StoreReadOnlyError (disk full, permissions); searches are right without the files.
+        """
+        assert self._joined is None, "finish is a transaction of its own"
+        with self._catalogue.read() as rows:
+            found = rows.models()
+            models = found if all_models else {rows.model_id: found[rows.model_id]}
+        written: list[tuple[int, Kind, IndexFile | None]] = []
+        for model_id, model in models.items():
+            for kind in KINDS:
+                with self._catalogue.read() as state:
+                    rows = state.of_model(model_id)
+                    if kind in anew or not self._is_current(rows, kind):
+                        written.append((model_id, kind, self._write_index(rows, model, kind)))
+        if written:
+            with self._catalogue.write() as state:
+                state.next_generation()
+                for model_id, kind, file in written:
+                    state.record_index(model_id, kind, file)
+        self._sweep()
+
+    def _write_index(self, rows: Snapshot, model: ModelSpec, kind: Kind) -> IndexFile | None:
+        from indexes.vectors import VectorIndex
+
+        generation, change = rows.version()
+        index = VectorIndex.build(model.dim, rows.vectors(kind))
+        if not len(index):
+            return None
+        name = f"{kind}-{rows.model_id}-{generation + 1:08d}.faiss"
+        try:
+            stamp = index.save(self._path / name)
+        except OSError as error:
+            raise StoreReadOnlyError(
+                f"{self._path / name} could not be written ({error.strerror}); nothing "
+                "is lost, searches go on without it, only slower"
+            ) from error
+        return IndexFile(name, generation + 1, change, len(index), stamp)
+
+    def compact(self) -> None:
+        """Strike what was removed out of every file and give its space back to the disk.
+
+        Raises StoreReadOnlyError: for a while the catalogue needs its own size once more.
+        """
+        self.finish(all_models=True)
+        self._catalogue.vacuum()
+
+    def _is_current(self, rows: Snapshot, kind: Kind) -> bool:
+        file = rows.index_file(kind)
+        if file is None:
+            return not rows.vector_count(kind)
+        if rows.removed(kind).size or rows.vector_count(kind, after=file.change):
+            return False
+        try:
+            return (self._path / file.name).stat().st_size == file.stamp.size_bytes
+        except OSError:
+            return False
+
+    def _sweep(self) -> None:
+        """Remove FAISS files that are no longer, or were never, recorded."""
+        with self._catalogue.read() as rows:
+            used = rows.index_file_names()
+        for file in self._path.iterdir():
+            if _FAISS_NAME.fullmatch(file.name) and file.name not in used:
+                # Windows keeps a file that a reader has mapped; a later sweep takes it.
+                with suppress(OSError):
+                    file.unlink()
+
+    def _check_item(self, item: ItemWrite) -> None:
+        _check_file(item.file)
+        what = f"{item.file!r}"
+        if item.failure is not None:
+            if item.image_embedding is not None or item.caption_embeddings is not None:
+                raise InvalidRowsError(f"{what} failed and yet has embeddings")
+            self._check_texts(what, item.captions)
+            return
+        if item.image_embedding is not None:
+            check_embeddings(what, item.image_embedding[None], self._dim)
+        elif item.content_hash is None:
+            raise InvalidRowsError(f"{what} has neither an embedding nor a content hash")
+        self._check_captions(what, item.captions, item.caption_embeddings)
+
+    def _check_captions(
+        self, what: str, captions: Sequence[CaptionRow], embeddings: NDArray[np.float32] | None
+    ) -> None:
+        self._check_texts(what, captions)
+        count = len(embeddings) if embeddings is not None else 0
+        if count != len(captions):
+            raise InvalidRowsError(f"{what}: {len(captions)} captions, {count} embeddings")
+        if embeddings is not None:
+            check_embeddings(f"{what}, captions", embeddings, self._dim)
+
+    def _check_texts(self, what: str, captions: Sequence[CaptionRow]) -> None:
+        for caption in captions:
+            for text in (caption.text, caption.source):
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise InvalidRowsError(f"{what}: a caption is not valid text") from error
+
+
+def _model_id(rows: Snapshot, fingerprint: str | None) -> int:
+    found = rows.model(fingerprint)
+    if found is None:
+        raise InvalidRowsError(f"the library has no model with the fingerprint {fingerprint}")
+    return found[0]
+
+
+def _check_file(file: str) -> None:
+    if not file or file.startswith("/") or "\0" in file:
+        raise InvalidRowsError(f"{file!r} is not a path relative to a root")
+
+
+def check_embeddings(what: str, embeddings: NDArray[np.float32], dim: int) -> None:
+    """Raise InvalidRowsError, naming `what`, unless these are (n, dim) float32 unit rows."""
+    if embeddings.dtype != np.float32 or embeddings.ndim != 2 or embeddings.shape[1] != dim:
+        raise InvalidRowsError(
+            f"{what}: embeddings are {embeddings.dtype} {embeddings.shape}, not float32 (n, {dim})"
+        )
+    lengths = np.linalg.norm(embeddings, axis=1)
+    if not (np.abs(lengths - 1) <= UNIT_TOLERANCE).all():  # False for NaN and infinity
+        row = int(np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_TOLERANCE))[0])
+        raise InvalidRowsError(f"{what}: embedding {row} has length {lengths[row]:.4g}, not 1")
