@@ -1,6 +1,15 @@
 """Where captions are written beside pictures: tables, lists of records, token files, sidecars.
 
 Nothing here knows which pictures exist: `retriever.data` matches the names found here to pictures.
+
+These files are read as hostile. What is stored is one line of text: white space, line ends, NUL and
+other control characters become single spaces, lone surrogates become U+FFFD, and what is empty
+then is no caption; emoji, marks of direction and every other character stay as they are. Refused,
+with a sentence that names the file and where it can the line, are: a caption of more than
+`MAX_CAPTION_CHARS` characters, a name that no file can have, a value that is no text, a file that
+is too large, is no regular file, is not UTF-8, or makes no sense. A line that is refused harms no
+other line. How much of a long caption counts is up to the encoder: it reads the beginning, as much
+as its window holds, while the whole text is stored and shown.
 """
 
 import ast
@@ -10,7 +19,10 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +32,27 @@ from retriever.errors import CaptionError
 FILE_COLUMNS = ("file", "image", "filename", "file_name", "image_name", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "comment")
 
+# Some 15,000 words, far beyond any model's window: more is a document, not a caption.
+MAX_CAPTION_CHARS = 100_000
 # Far more than any list of captions for one picture; a log file beside a picture is no sidecar.
 MAX_SIDECAR_BYTES = 1_000_000
+# COCO's largest file has 150 MB. A JSON file takes up to ten times its size in memory.
+MAX_FILE_BYTES = 500_000_000
+# Characters of a picture's path: what Linux allows, and more than any other system does.
+MAX_NAME_CHARS = 4096
+# Faulty lines of one file that are named one by one; the others are counted.
+MAX_PROBLEMS = 1000
+_SHOWN_CHARS = 80  # of a text from the file, in a sentence about it
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+_UNPAIRED = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 _TOKEN_LINE = re.compile(r"(?P<name>.+)#\d+\t(?P<text>.*)")
 _BOX_LINE = re.compile(r"\d+(\s+-?\d*\.\d+){4,}\s*")
 _COCO_SPLIT = re.compile(r"captions_(train|val|test)\d{4}")
+_PYTHON_TEXT = r"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+\""""
+_PYTHON_LIST = re.compile(rf"\[\s*(?:(?:{_PYTHON_TEXT})\s*(?:,\s*|(?=\])))*+\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +71,21 @@ class CaptionRecord:
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    r"""The path as text that can be encoded; bytes that are no UTF-8 show as `\xff`."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    r"""The path as text that can be encoded; bytes that are no UTF-8 show as `\xff`.
+
+    A name need not come from the disk: JSON can spell surrogates that no file's name has.
+    """
+    name = _UNPAIRED.sub("\ufffd", os.fspath(path))
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def clean_caption(text: str) -> str:
     """The caption on one line: runs of white space and control characters become one space.
 
-    Lone surrogates, which neither SQLite nor a tokenizer accepts, become U+FFFD.
+    Lone surrogates, which neither SQLite nor a tokenizer accepts, become U+FFFD. Byte order marks
+    at either end, left there when files were joined, are dropped.
     """
-    return _BLANK.sub(" ", _SURROGATE.sub("\ufffd", text)).strip()
+    return _BLANK.sub(" ", _SURROGATE.sub("\ufffd", text)).strip(" \ufeff")
 
 
 def find_caption_files(root: Path) -> list[Path]:
@@ -66,8 +95,9 @@ def find_caption_files(root: Path) -> list[Path]:
     for pattern in ("*.token.txt", "*.token", "captions_*.json", "annotations/captions_*.json"):
         found += sorted(root.glob(pattern))
     # Kaggle's names for Flickr8k and Flickr30k say little: the first line must fit as well.
-    found += [p for p in (root / "captions.txt", root / "results.csv") if _begins_a_table(p)]
-    return [path for path in found if path.is_file() and ".lemma." not in path.name]
+    unsure = root / "captions.txt", root / "results.csv"
+    found += [path for path in unsure if _is_file(path) and _begins_a_table(path)]
+    return [path for path in found if _is_file(path) and ".lemma." not in path.name]
 
 
 def read_caption_file(path: Path, problems: list[str]) -> tuple[str, list[CaptionRecord]]:
@@ -75,27 +105,47 @@ def read_caption_file(path: Path, problems: list[str]) -> tuple[str, list[Captio
 
     Read are JSON lines; a JSON list of records, a JSON object {file: caption or captions}, COCO
     captions, Karpathy's `dataset_*.json`; tables with a header (comma, semicolon, tab or `|`);
-    Flickr8k/Flickr30k token files. A line that makes no sense is added to `problems`.
+    Flickr8k/Flickr30k token files. A line that makes no sense is added to `problems`; after the
+    first `MAX_PROBLEMS` they are counted.
 
     Raises:
-        CaptionError: the file cannot be opened, is not UTF-8, or is none of these formats.
+        CaptionError: the file cannot be opened, is no regular file, is larger than 500 MB, is not
+            UTF-8, or is none of these formats.
     """
-    text = _read_utf8(path)
-    suffix = path.suffix.lower()
+    faults = _Problems()
+    try:
+        return _read_records(_read_utf8(path, MAX_FILE_BYTES, "a captions file"), path, faults)
+    finally:
+        problems += faults
+        if faults.unnamed:
+            problems.append(f"{printable(path.name)}: {faults.unnamed:,} more like these")
+
+
+class _Problems(list[str]):
+    """Sentences; those beyond `MAX_PROBLEMS` are only counted, in `unnamed`."""
+
+    unnamed = 0
+
+    def append(self, problem: str) -> None:
+        if len(self) < MAX_PROBLEMS:
+            super().append(problem)
+        else:
+            self.unnamed += 1
+
+
+def _read_records(text: str, path: Path, problems: list[str]) -> tuple[str, list[CaptionRecord]]:
+    name, suffix = printable(path.name), path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
-        return path.name, list(_json_lines(text, path.name, problems))
+        return name, list(_json_lines(text, name, problems))
     if suffix == ".json":
         return _json_file(text, path, problems)
     first_line = _first_line(text)
     if _TOKEN_LINE.fullmatch(first_line):
-        return "flickr", list(_token_lines(text, path.name, problems))
+        return "flickr", list(_token_lines(text, name, problems))
     delimiter = _table_delimiter(first_line)
     if delimiter is None:
-        raise CaptionError(
-            f"{printable(path)}: the first line names no picture column ({', '.join(FILE_COLUMNS)})"
-            f" beside a caption column ({', '.join(CAPTION_COLUMNS)})"
-        )
-    source = "flickr" if "comment_number" in first_line.lower() else path.name
+        raise _no_columns(path)
+    source = "flickr" if "comment_number" in first_line.lower() else name
     return source, list(_table_rows(text, path, delimiter, problems))
 
 
@@ -103,26 +153,46 @@ def read_sidecar(path: Path) -> list[str]:
     """The captions of a text file beside a picture, one a line, without empty lines.
 
     Raises:
-        CaptionError: the file cannot be opened, is not UTF-8, over 1 MB, or holds box labels.
+        CaptionError: the file cannot be opened, is no regular file, is not UTF-8, over 1 MB, or
+            holds box labels or a caption of more than 100,000 characters.
     """
-    try:
-        size = path.stat().st_size
-    except OSError as exc:
-        raise CaptionError(f"{printable(path)}: {exc.strerror}") from exc
-    if size > MAX_SIDECAR_BYTES:
-        raise CaptionError(f"{printable(path)}: over 1 MB, too large for the captions of a picture")
-    lines = [line for line in map(clean_caption, _LINE_END.split(_read_utf8(path))) if line]
+    text = _read_utf8(path, MAX_SIDECAR_BYTES, "the captions of a picture")
+    lines = [clean_caption(line) for line in _LINE_END.split(text)]
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_CAPTION_CHARS:
+            raise CaptionError(f"{printable(path)}:{number}: {_too_long(line)}")
+    lines = [line for line in lines if line]
     if lines and all(map(_BOX_LINE.fullmatch, lines)):
         raise CaptionError(f"{printable(path)}: box labels (YOLO), not captions")
     return lines
 
 
-def _read_utf8(path: Path) -> str:
+def _too_long(caption: str) -> str:
+    return f"a caption of {len(caption):,} characters, over {MAX_CAPTION_CHARS:,}"
+
+
+def _is_file(path: Path) -> bool:
     try:
+        return path.is_file()
+    except OSError:  # its folder may be listed, but not entered
+        return False
+
+
+def _read_utf8(path: Path, limit: int, what: str) -> str:
+    """The text of a file of at most `limit` bytes, which is said to be too large for `what`."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes to it
+            raise CaptionError(f"{printable(path)}: not a regular file")
+        if status.st_size > limit:
+            raise CaptionError(
+                f"{printable(path)}: over {limit // 1_000_000} MB, too large for {what}"
+            )
         data = path.read_bytes()
     except OSError as exc:
         raise CaptionError(f"{printable(path)}: {exc.strerror}") from exc
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    # Without its mark, UTF-16 of Latin text is valid UTF-8 with a NUL beside every letter.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
         raise CaptionError(f"{printable(path)}:1: UTF-16 text; save the file as UTF-8")
     data = data.removeprefix(codecs.BOM_UTF8)
     try:
@@ -136,16 +206,50 @@ def _read_utf8(path: Path) -> str:
 
 
 def _first_line(text: str) -> str:
-    found = re.search(r"[^\r\n]*\S[^\r\n]*", text)
-    return found.group() if found else ""
+    """The first line that is not blank."""
+    found = re.search(r"\S", text)
+    if found is None:
+        return ""
+    start = max(text.rfind(end, 0, found.start()) for end in "\r\n") + 1
+    end = _LINE_END.search(text, found.start())
+    return text[start : end.start() if end else None]
 
 
-def _texts(value: Any) -> tuple[str, ...] | None:
+def _texts(value: Any) -> list[str] | None:
     """The captions of a JSON value: a text, a list of texts or null; None for anything else."""
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(item, str) for item in values):
-        return None
-    return tuple(text for text in map(clean_caption, values) if text)
+    return values if all(isinstance(item, str) for item in values) else None
+
+
+def _captioned(
+    where: str,
+    name: str,
+    texts: Iterable[str],
+    split: str | None,
+    problems: list[str],
+    *,
+    whole: bool,
+) -> Iterator[CaptionRecord]:
+    """The record with its captions cleaned, without those that are too long; none if the name is.
+
+    These are added to `problems`.
+    """
+    if len(name) > MAX_NAME_CHARS:
+        problems.append(f"{where}: no file has a name of {len(name):,} characters")
+        return
+    kept = []
+    for text in map(clean_caption, texts):
+        if len(text) > MAX_CAPTION_CHARS:
+            problems.append(f"{where}: {_too_long(text)}")
+        elif text:
+            kept.append(text)
+    yield CaptionRecord(where, name, tuple(kept), clean_caption(split or "") or None, whole)
+
+
+def _shown(text: object) -> str:
+    """A number or text from the file, on one line and not too long, as part of a sentence."""
+    line = clean_caption(str(text))
+    return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 1] + "…"
 
 
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────
@@ -158,10 +262,10 @@ class _Repeated(list[Any]):
 def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        for key in result:
-            values = [value for name, value in pairs if name == key]
-            if len(values) > 1:
-                result[key] = _Repeated(values)
+        values: dict[str, _Repeated] = {}
+        for key, value in pairs:
+            values.setdefault(key, _Repeated()).append(value)
+        result |= {key: several for key, several in values.items() if len(several) > 1}
     return result
 
 
@@ -190,20 +294,21 @@ def _json_file(text: str, path: Path, problems: list[str]) -> tuple[str, list[Ca
         content = _parse_json(text)
     except ValueError as exc:
         raise CaptionError(f"{printable(path)}: not JSON: {exc}") from exc
+    name = printable(path.name)
     if isinstance(content, list):
         records: Iterator[CaptionRecord] = (
             record
             for number, fields in enumerate(content, 1)
-            for record in _record(fields, f"{path.name}: record {number}", problems)
+            for record in _record(fields, f"{name}: record {number}", problems)
         )
-        return path.name, list(records)
+        return name, list(records)
     if isinstance(content, dict):
         images, annotations = content.get("images"), content.get("annotations")
         if isinstance(images, list) and isinstance(annotations, list):
-            return "coco", list(_coco_records(images, annotations, path.name, problems))
+            return "coco", list(_coco_records(images, annotations, name, problems))
         if isinstance(images, list):
-            return path.name, list(_karpathy_records(images, path.name, problems))
-        return path.name, list(_mapping_records(content, path.name, problems))
+            return name, list(_karpathy_records(images, name, problems))
+        return name, list(_mapping_records(content, name, problems))
     raise CaptionError(f"{printable(path)}: neither a list of records nor an object")
 
 
@@ -220,14 +325,16 @@ def _record(fields: Any, where: str, problems: list[str]) -> Iterator[CaptionRec
     if not any(key in fields for key in CAPTION_COLUMNS):
         problems.append(f"{where}: no caption ({', '.join(CAPTION_COLUMNS)})")
         return
-    value = next(filter(None, (fields.get(key) for key in CAPTION_COLUMNS)), None)
+    # 0 and false are no captions, but wrong; nothing is just nothing.
+    values = (fields.get(key) for key in CAPTION_COLUMNS)
+    value = next((one for one in values if one not in (None, "", [])), None)
     split = fields.get("split")
     texts = _texts(value)
     if texts is None:
         problems.append(f"{where}: the caption is neither a text nor a list of texts")
         return
-    whole = isinstance(value, list)
-    yield CaptionRecord(where, name, texts, split if isinstance(split, str) else None, whole)
+    split = split if isinstance(split, str) else None
+    yield from _captioned(where, name, texts, split, problems, whole=isinstance(value, list))
 
 
 def _mapping_records(
@@ -237,9 +344,9 @@ def _mapping_records(
         for one in value if isinstance(value, _Repeated) else [value]:
             texts = _texts(one)
             if texts is None:
-                problems.append(f"{where}: {name}: neither a text nor a list of texts")
+                problems.append(f"{where}: {_shown(name)}: neither a text nor a list of texts")
             else:
-                yield CaptionRecord(where, name, texts, None, whole=True)
+                yield from _captioned(where, name, texts, None, problems, whole=True)
 
 
 def _coco_records(
@@ -259,15 +366,13 @@ def _coco_records(
         here = f"{where}: annotation {number}"
         if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
             problems.append(f"{here}: no caption")
-        elif not isinstance(annotation.get("image_id"), (int, str)) or (
-            annotation["image_id"] not in names
-        ):
-            problems.append(
-                f"{here}: image_id {annotation.get('image_id')} is not among the images"
-            )
+        elif not isinstance(image_id := annotation.get("image_id"), (int, str)):
+            problems.append(f"{here}: no image_id")
+        elif image_id not in names:
+            problems.append(f"{here}: image_id {_shown(image_id)} is not among the images")
         else:
-            texts = _texts(annotation["caption"]) or ()
-            yield CaptionRecord(here, names[annotation["image_id"]], texts, split, whole=False)
+            texts = [annotation["caption"]]
+            yield from _captioned(here, names[image_id], texts, split, problems, whole=False)
 
 
 def _karpathy_records(
@@ -280,12 +385,13 @@ def _karpathy_records(
             texts = _texts([sentence["raw"] for sentence in image["sentences"]])
         except (LookupError, TypeError):
             texts = None
-        if texts is None or not isinstance(name, str):
-            problems.append(f"{where}: image {number}: no file name, split or raw sentences")
+        here = f"{where}: image {number}"
+        if texts is None or not isinstance(name, str) or not isinstance(split, str):
+            problems.append(f"{here}: no file name, split or raw sentences")
         else:
             # What Karpathy calls restval is trained on by everybody: 113,287 = train + restval.
-            split = "train" if split == "restval" else str(split)
-            yield CaptionRecord(f"{where}: image {number}", name, texts, split, whole=True)
+            split = "train" if split == "restval" else split
+            yield from _captioned(here, name, texts, split, problems, whole=True)
 
 
 # ── Tables and token files ───────────────────────────────────────────────────────────────────────
@@ -295,8 +401,8 @@ def _token_lines(text: str, where: str, problems: list[str]) -> Iterator[Caption
     """Flickr8k's and Flickr30k's `name.jpg#0<TAB>caption`."""
     for number, line in enumerate(_LINE_END.split(text), 1):
         if found := _TOKEN_LINE.fullmatch(line):
-            texts = _texts(found["text"]) or ()
-            yield CaptionRecord(f"{where}:{number}", found["name"], texts, None, whole=False)
+            here = f"{where}:{number}"
+            yield from _captioned(here, found["name"], [found["text"]], None, problems, whole=False)
         elif line.strip():
             problems.append(f"{where}:{number}: not of the form name.jpg#0<TAB>caption")
 
@@ -322,22 +428,60 @@ def _begins_a_table(path: Path) -> bool:
         return False
 
 
-def _table_cells(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _no_columns(path: Path) -> CaptionError:
+    return CaptionError(
+        f"{printable(path)}: the first line names no picture column ({', '.join(FILE_COLUMNS)})"
+        f" beside a caption column ({', '.join(CAPTION_COLUMNS)})"
+    )
+
+
+def _table_cells(
+    text: str, where: str, delimiter: str, problems: list[str]
+) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of each row that is not empty."""
     if delimiter in ",;":
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        try:
-            for cells in rows:
-                if any(map(str.strip, cells)):
-                    yield rows.line_num, cells
-        except csv.Error as exc:
-            raise CaptionError(f"{printable(path)}:{rows.line_num}: {exc}") from exc
+        yield from _quoted_rows(text, where, delimiter, problems)
         return
     # With tabs and bars quotation marks are mostly part of the caption, and one that is never
     # closed must not swallow the rest of the file: a cell is unwrapped only if quoted as a whole.
     for number, line in enumerate(_LINE_END.split(text), 1):
         if line.strip():
             yield number, [_unquoted(cell.strip()) for cell in line.split(delimiter)]
+
+
+def _quoted_rows(
+    text: str, where: str, delimiter: str, problems: list[str]
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table whose quoted cells may hold delimiters and line ends."""
+    lines = list(io.StringIO(text, newline=""))
+    rows = csv.reader(lines, delimiter=delimiter)
+    done = 0  # lines
+    while True:
+        first, fault = done + 1, None
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as exc:  # a cell beyond the limit of `csv`; it goes on at the next line
+            fault, cells = str(exc), []
+        done = rows.line_num
+        # A quotation mark that is never closed makes one cell of all that follows.
+        if done == len(lines) > first and _is_unclosed(lines[first - 1 :], delimiter):
+            fault = "a quotation mark is never closed"
+        if fault:
+            upto = f"; skipped up to line {done:,}" if done > first else ""
+            problems.append(f"{where}:{first}: {fault}{upto}")
+        elif any(map(str.strip, cells)):
+            yield done, cells
+
+
+def _is_unclosed(lines: list[str], delimiter: str) -> bool:
+    try:
+        for _ in csv.reader(lines, delimiter=delimiter, strict=True):
+            pass
+    except csv.Error as exc:
+        return "unexpected end" in str(exc)
+    return False
 
 
 def _unquoted(cell: str) -> str:
@@ -349,37 +493,44 @@ def _unquoted(cell: str) -> str:
 def _table_rows(
     text: str, path: Path, delimiter: str, problems: list[str]
 ) -> Iterator[CaptionRecord]:
-    rows = _table_cells(text, path, delimiter)
-    header = _column_names(next(rows)[1])
+    name = printable(path.name)
+    rows = _table_cells(text, name, delimiter, problems)
+    header = _column_names(next(rows, (0, []))[1])
+    # A line that is quoted as a whole looked like a header, and is one cell.
+    if not set(header) & set(FILE_COLUMNS) or not set(header) & set(CAPTION_COLUMNS):
+        raise _no_columns(path)
     name_at = next(header.index(key) for key in FILE_COLUMNS if key in header)
     text_at = next(header.index(key) for key in CAPTION_COLUMNS if key in header)
     split_at = header.index("split") if "split" in header else None
     for number, cells in rows:
-        where = f"{path.name}:{number}"
+        where = f"{name}:{number}"
         if len(cells) > len(header) and text_at == len(header) - 1:
             cells[text_at:] = [delimiter.join(cells[text_at:])]  # a caption with bare commas
         if len(cells) != len(header) or not cells[name_at].strip():
             problems.append(f"{where}: {len(cells)} cells, not a row of {len(header)} with a name")
             continue
         listed = _listed(cells[text_at]) if header[text_at] == "captions" else None
-        split = cells[split_at].strip() if split_at is not None else ""
-        yield CaptionRecord(
+        yield from _captioned(
             where,
             cells[name_at].strip(),
-            _texts(cells[text_at] if listed is None else listed) or (),
-            split or None,
+            [cells[text_at]] if listed is None else listed,
+            cells[split_at] if split_at is not None else None,
+            problems,
             whole=listed is not None,
         )
 
 
-def _listed(cell: str) -> list[Any] | None:
+def _listed(cell: str) -> list[str] | None:
     """The list that a cell of a `captions` column spells in JSON or, as pandas does, in Python."""
-    if cell.lstrip().startswith("["):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                value = parse(cell.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(value, list) and _texts(value) is not None:
-                return value
+    cell = cell.strip()
+    if cell.startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(cell)
+            if isinstance(value, list):
+                return _texts(value)
+        if _PYTHON_LIST.fullmatch(cell):
+            # Only texts are evaluated, one by one: the parser's stack and memory are not ours to
+            # bound for anything nested.
+            with suppress(ValueError, SyntaxError), warnings.catch_warnings(action="ignore"):
+                return [ast.literal_eval(text) for text in re.findall(_PYTHON_TEXT, cell)]
     return None

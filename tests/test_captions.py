@@ -1,15 +1,22 @@
 import csv
 import io
 import json
+import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from retriever import captions
 from retriever.captions import (
+    MAX_CAPTION_CHARS,
+    MAX_PROBLEMS,
     clean_caption,
     find_caption_files,
+    printable,
     read_caption_file,
     read_sidecar,
 )
@@ -20,6 +27,9 @@ one_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture],
 A_DOG = [("a.jpg", ("a dog",))]
 TWO = [("a.jpg", ("a dog",)), ("a.jpg", ("ein Hund",))]
 LISTED = [("a.jpg", ("a dog", "ein Hund"))]
+
+
+LONG = "x" * (MAX_CAPTION_CHARS + 1)
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -151,6 +161,30 @@ def test_the_source_tells_the_kind_of_file(
         ("c.json", '{"a.jpg": 3}', "c.json: a.jpg: neither"),
         ("c.csv", "file,caption\nonly\n", "c.csv:2: 1 cells"),
         ("c.csv", "file,caption\n,a dog\n", "c.csv:2: 2 cells"),
+        ("c.csv", f"file,caption\na.jpg,{'x' * 200_000}\n", "c.csv:2: field larger"),
+        ("c.csv", f"file,caption\na.jpg,{LONG}\n", "c.csv:2: a caption of 100,001 characters"),
+        ("c.tsv", f"file\tcaption\na.jpg\t{LONG}\n", "c.tsv:2: a caption of 100,001"),
+        ("c.token", f"a.jpg#0\ta dog\nb.jpg#0\t{LONG}\n", "c.token:2: a caption of 100,001"),
+        ("c.jsonl", json.dumps({"file": "a.jpg", "text": LONG}), "c.jsonl:1: a caption of 100,001"),
+        ("c.json", json.dumps({"a.jpg": ["a dog", LONG]}), "c.json: a caption of 100,001"),
+        ("c.jsonl", json.dumps({"file": "a" * 5000, "text": "a dog"}), "c.jsonl:1: no file has"),
+        ("c.jsonl", '{"file": "a.jpg", "caption": NaN}', "c.jsonl:1: the caption is neither"),
+        ("c.jsonl", '{"file": "a.jpg", "caption": 0}', "c.jsonl:1: the caption is neither"),
+        ("c.jsonl", '{"file": "a.jpg", "caption": [[]]}', "c.jsonl:1: the caption is neither"),
+        ("c.json", '{"\\ud800\\n\\u001b[2J": 3}', "c.json: \ufffd [2J: neither"),
+        ("c.json", json.dumps({"a" * 500: 3}), f"c.json: {'a' * 79}…: neither"),
+        (
+            "c.json",
+            '{"images": [{"filename": "a", "sentences": [], "split": %s}]}'
+            % ("[" * 900 + "]" * 900),
+            "c.json: image 1: no file name, split",
+        ),
+        (
+            "c.json",
+            '{"images": [], "annotations": [{"caption": "a dog", "image_id": %s}]}'
+            % ("[" * 900 + "]" * 900),
+            "c.json: annotation 1: no image_id",
+        ),
         ("c.token", "a.jpg#0\ta dog\nnonsense\n", "c.token:2: not of the form"),
     ],
 )
@@ -175,7 +209,12 @@ def test_a_faulty_line_is_named_and_the_rest_is_read(
         ("c.json", b'"text"', "c.json: neither a list of records nor an object"),
         ("c.csv", b"name,age\n", "c.csv: the first line names no picture column"),
         ("c.csv", b"", "c.csv: the first line names no picture column"),
-        ("c.csv", b'file,caption\na.jpg,"' + b"x" * 200_000, "c.csv:2: field larger"),
+        ("c.csv", b'"file,caption"\n', "c.csv: the first line names no picture column"),
+        ("c.csv", b" " * 1_000_000, "c.csv: the first line names no picture column"),
+        ("c.json", b"[" * 1_000_000, "c.json: not JSON: nested too deeply"),
+        ("c.json", b'{"a.jpg": ' + b"1" * 5000 + b"}", "c.json: not JSON: "),
+        ("c.jsonl", '{"file": "a.jpg"}'.encode("utf-16-le"), "c.jsonl:1: UTF-16"),
+        ("c.jsonl", '{"file": "a.jpg"}'.encode("utf-32-be"), "c.jsonl:1: UTF-16"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error_naming_it(
@@ -184,6 +223,113 @@ def test_a_file_that_cannot_be_read_is_an_error_naming_it(
     with pytest.raises(CaptionError) as caught:
         read(write(tmp_path, name, content))
     assert message in str(caught.value)
+
+
+def test_a_row_that_is_refused_harms_no_other(tmp_path: Path) -> None:
+    rows = ["file,caption", "a.jpg,a dog", f"b.jpg,{'x' * 200_000}", "c.jpg,a cat"]
+    content, problems = read(write(tmp_path, "c.csv", "\n".join(rows)))
+    assert content == [("a.jpg", ("a dog",)), ("c.jpg", ("a cat",))]
+    assert [problem.partition(" (")[0] for problem in problems] == [
+        "c.csv:3: field larger than field limit"
+    ]
+
+
+def test_a_quotation_mark_that_is_never_closed_makes_no_caption_of_the_rest(tmp_path: Path) -> None:
+    table = 'file,caption\na.jpg,a dog\nb.jpg,"a cat\nc.jpg,a bird\n'
+    content, problems = read(write(tmp_path, "c.csv", table))
+    assert content == A_DOG
+    assert problems == ["c.csv:3: a quotation mark is never closed; skipped up to line 4"]
+    # One that is closed may span lines, at the end of the file too.
+    table = 'file,caption\na.jpg,"a\ndog"\n'
+    assert read(write(tmp_path, "c.csv", table)) == (A_DOG, [])
+
+
+def test_a_quotation_mark_swallows_no_more_than_the_longest_cell(tmp_path: Path) -> None:
+    rows = [f"{number}.jpg,a dog and a cat" for number in range(10_000)]
+    rows[10] = '10.jpg,"a dog'
+    content, problems = read(write(tmp_path, "c.csv", "\n".join(["file,caption", *rows])))
+    assert content[:10] == [(f"{number}.jpg", ("a dog and a cat",)) for number in range(10)]
+    assert content[-1] == ("9999.jpg", ("a dog and a cat",))
+    assert 0 < len(content) - 10 < 10_000
+    assert len(problems) == 1
+    assert problems[0].startswith("c.csv:12: field larger than field limit")
+    assert "; skipped up to line " in problems[0]
+
+
+def test_faults_beyond_a_thousand_are_counted(tmp_path: Path) -> None:
+    _, problems = read(write(tmp_path, "c.jsonl", "x\n" * (MAX_PROBLEMS + 234)))
+    assert problems[MAX_PROBLEMS - 1].startswith(f"c.jsonl:{MAX_PROBLEMS}: not JSON")
+    assert problems[MAX_PROBLEMS:] == ["c.jsonl: 234 more like these"]
+
+
+def test_a_list_as_python_writes_it_is_read_without_evaluating_anything_nested(
+    tmp_path: Path,
+) -> None:
+    cells = {
+        "['a dog', \"a cat's\",]": ("a dog", "a cat's"),
+        r"['\x61 dog', '\d']": ("a dog", r"\d"),
+        "['a dog', 3]": ("['a dog', 3]",),
+        "['a' 'dog']": ("['a' 'dog']",),
+        r"['\N{nothing}']": (r"['\N{nothing}']",),
+        "[" * 9_000: ("[" * 9_000,),
+        "[" + "-" * 9_000 + "1]": ("[" + "-" * 9_000 + "1]",),
+    }
+    table = "".join(f"a.jpg\t{cell}\n" for cell in cells)
+    content, problems = read(write(tmp_path, "c.tsv", "file\tcaptions\n" + table))
+    assert [texts for _, texts in content] == list(cells.values())
+    assert problems == []
+
+
+def test_a_captions_file_that_is_too_large_is_an_error_naming_it(
+    tmp_path: Path,
+) -> None:
+    with (tmp_path / "c.csv").open("wb") as file:
+        file.truncate(captions.MAX_FILE_BYTES + 1)  # takes no space on the disk
+    with pytest.raises(CaptionError, match=r"c\.csv: over 500 MB, too large for a captions file"):
+        read(tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("name", ["c.csv", "a.txt"])
+def test_what_is_no_regular_file_is_refused_and_nothing_waits_for_it(
+    tmp_path: Path, name: str
+) -> None:
+    def refuse(path: Path, message: str) -> None:
+        with pytest.raises(CaptionError, match=message):
+            read_sidecar(path) if name == "a.txt" else read(path)
+
+    path = tmp_path / name
+    path.symlink_to("nowhere")
+    refuse(path, "No such file")
+    path.unlink()
+    path.symlink_to(name)
+    refuse(path, "symbolic links")
+    path.unlink()
+    path.mkdir()
+    refuse(path, "not a regular file")
+    path.rmdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(path)
+        refuse(path, "not a regular file")
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.relpath(path))  # longer addresses are not allowed
+            refuse(path, "not a regular file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+def test_a_pipe_called_like_a_captions_file_is_passed_over(tmp_path: Path) -> None:
+    for name in ("captions.txt", "captions.csv", "x.token"):
+        os.mkfifo(tmp_path / name)
+    assert find_caption_files(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are valid text")
+def test_a_captions_file_may_have_any_name(tmp_path: Path) -> None:
+    path = write(tmp_path, os.fsdecode(b"\xff.csv"), "file,caption\na.jpg,a dog\nb.jpg\n")
+    problems: list[str] = []
+    source, records = read_caption_file(path, problems)
+    assert (source, records[0].where) == (r"\xff.csv", r"\xff.csv:2")
+    assert problems == [r"\xff.csv:3: 1 cells, not a row of 2 with a name"]
 
 
 def test_a_missing_captions_file_is_an_error_naming_it(tmp_path: Path) -> None:
@@ -225,6 +371,8 @@ def test_a_sidecar_has_one_caption_a_line(tmp_path: Path) -> None:
     [
         (b"a dog\ncaf\xe9", "a.txt:2: not UTF-8"),
         (b"x" * 1_000_001, "over 1 MB"),
+        (b"a dog\n" + b"x" * 999_990, "a.txt:2: a caption of 999,990 characters, over 100,000"),
+        ("a dog".encode("utf-16-le"), "a.txt:1: UTF-16"),
         (b"0 0.5 0.5 0.25 0.25\n16 0.1 0.2 0.3 0.4\n", "box labels"),
     ],
 )
@@ -240,11 +388,20 @@ def test_a_text_that_is_no_sidecar_is_refused(tmp_path: Path, content: bytes, me
         ("a\x00dog\x1b[31m", "a dog [31m"),
         ("a\u2028dog\xa0runs", "a dog runs"),
         ("half \ud83d a pair", "half \ufffd a pair"),
+        ("\ufeffa dog \ufeff", "a dog"),
+        ("🐕🦮", "🐕🦮"),
+        ("\u202eכלב\u202c", "\u202eכלב\u202c"),
         (" \n", ""),
+        ("\x00\x07\ufeff", ""),
     ],
 )
 def test_a_caption_is_one_printable_line(text: str, clean: str) -> None:
     assert clean_caption(text) == clean
+
+
+@given(st.text(st.characters(), max_size=20))
+def test_any_name_can_be_shown(name: str) -> None:
+    assert isinstance(printable(name).encode(), bytes)
 
 
 # Any text at all, lone surrogates included: JSON can spell them.
