@@ -94,6 +94,9 @@ class Encoder(Protocol):
             EncoderError: the model is damaged or answers with something that is no unit row.
         """
 
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are longer than `max_text_tokens`, so that only their beginning is read."""
+
 
 def load_encoder(
     name: str = DEFAULT_MODEL, *, device: str = "auto", threads: int | None = None
@@ -195,6 +198,10 @@ class OnnxEncoder:
 
         embeddings = _encode_by_length(token_ids(self._tokenizer, texts), self.dim, run)
         return checked_embeddings(embeddings, len(texts), self.dim, self.name)
+
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are read only in part; see `Encoder.is_cut`."""
+        return has_overflow(self._tokenizer, texts, self.max_text_tokens)
 
     def verify(self) -> list[str]:
         """What is wrong with the folder's files, a sentence each; empty when all is well."""
@@ -306,6 +313,11 @@ class CheckpointEncoder:
         with torch.inference_mode():
             embeddings = _encode_by_length(token_ids(tokenizer, texts), self.dim, run)
         return checked_embeddings(embeddings, len(texts), self.dim, self.name)
+
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are read only in part; see `Encoder.is_cut`."""
+        _, tokenizer, _ = self.loaded
+        return has_overflow(tokenizer, texts, self.max_text_tokens)
 
 
 def need_models_extra(what: str, module: str) -> None:
@@ -440,6 +452,18 @@ def open_picture(image: ImageInput, *, target: int) -> Image.Image:
 def token_ids(tokenizer: "Tokenizer", texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text; one without any token reads as the padding token, as in training."""
     return [encoding.ids or [0] for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def may_be_cut(text: str, max_tokens: int) -> bool:
+    """Whether a text could have more tokens than that: no token stands for less than a byte."""
+    return len(text.encode("utf-8", "surrogatepass")) > max_tokens - 2  # a beginning and an end
+
+
+def has_overflow(tokenizer: "Tokenizer", texts: Sequence[str], max_tokens: int) -> list[bool]:
+    """Which texts a tokenizer that cuts at `max_tokens` cuts."""
+    return [
+        may_be_cut(text, max_tokens) and bool(tokenizer.encode(text).overflowing) for text in texts
+    ]
 
 
 def _without_padding(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":

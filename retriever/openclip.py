@@ -21,6 +21,7 @@ from retriever.encoders import (
     batches,
     checked_embeddings,
     first_line,
+    may_be_cut,
     need_models_extra,
     open_picture,
     torch_device,
@@ -129,6 +130,15 @@ class OpenClipEncoder:
                 features = self._model.encode_text(tokens, normalize=True)
                 rows.append(features.float().cpu().numpy())
         return checked_embeddings(np.concatenate(rows), len(texts), self.dim, self.name)
+
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are read only in part; see `Encoder.is_cut`."""
+        window = self.max_text_tokens
+        empty, *rows = self._tokenizer(["", *texts], context_length=2 * window)
+        return [
+            may_be_cut(text, window) and bool((row[window:] != empty[window:]).any())
+            for text, row in zip(texts, rows, strict=True)
+        ]
 
     def _ready(self, image: ImageInput) -> "torch.Tensor":
         """(3, s, s) float32, normalised as the model's own config says."""

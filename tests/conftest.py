@@ -52,6 +52,9 @@ class ToyEncoder:
         self.texts_seen += len(texts)
         return _unit_rows([_named_colours(text) for text in texts])
 
+    def is_cut(self, texts: Sequence[str]) -> list[bool]:
+        return [len(text.split()) > self.max_text_tokens for text in texts]
+
 
 def _mean_colour(image: Image.Image | Path | np.ndarray) -> np.ndarray:
     if isinstance(image, Path):

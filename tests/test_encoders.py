@@ -342,3 +342,20 @@ def test_every_colour_differs(encoder: Encoder) -> None:
     rows = encoder.encode_images([Image.new("RGB", (8, 8), colour) for colour in COLOURS.values()])
     cosines = rows @ rows.T
     assert (cosines[~np.eye(len(rows), dtype=bool)] < 1 - 1e-5).all()
+
+
+def test_a_text_is_cut_exactly_when_what_follows_its_window_changes_nothing(
+    encoder: Encoder,
+) -> None:
+    words = ["dog"] * 200
+    fits = [not cut for cut in encoder.is_cut([" ".join(words[:n]) for n in range(1, 60)])]
+    longest = fits.index(False)  # words; every longer text is cut too
+    assert 0 < longest < 59
+    assert not any(fits[longest:])
+    texts = [" ".join([*words[: longest - 1], last]) for last in ("red", "blue")]
+    beyond = [" ".join([*words[:longest], *["dog"] * 3, last]) for last in ("red", "blue")]
+    assert encoder.is_cut(texts) == [False, False]
+    assert encoder.is_cut(beyond) == [True, True]
+    inside, after = encoder.encode_texts(texts), encoder.encode_texts(beyond)
+    assert not np.allclose(inside[0], inside[1])
+    assert np.allclose(after[0], after[1])

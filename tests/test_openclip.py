@@ -346,3 +346,11 @@ def test_every_model_of_the_table_is_open_clips(open_clip: ModuleType) -> None:
         known = open_clip.get_pretrained_cfg(architecture, tag)
         assert known["hf_hub"].rstrip("/") == model.repository
         assert open_clip.get_model_config(architecture)["embed_dim"] == model.dim
+
+
+def test_a_text_beyond_the_context_is_told_as_cut(siglip: Path) -> None:
+    encoder = OpenClipEncoder(str(siglip), device="cpu", threads=1)
+    texts = ["", "dog", "dog " * 500, "dog " * 500 + "red"]
+    assert encoder.is_cut(texts) == [False, False, True, True]
+    rows = encoder.encode_texts(texts)
+    assert np.allclose(rows[2], rows[3])
