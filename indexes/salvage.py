@@ -8,8 +8,10 @@ put in order afterwards (`indexes.care`).
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from indexes.catalogue import Catalogue
 from indexes.errors import StoreDamagedError, StoreReadOnlyError
@@ -81,6 +83,9 @@ def _copy(damaged: Path, fresh: Path) -> list[str]:
                 total += copied
                 if failed:
                     lost.append(f"{table}: {copied} rows were saved, others could not be read")
+                if failed and table == "captions":
+                    # Those inside the files come back only if every picture is read again.
+                    target.execute("UPDATE items SET content_hash = NULL, mtime_ns = -1")
         finally:
             source.close()
         if not total:
@@ -110,16 +115,22 @@ def _copy_table(
         theirs = {row[1] for row in source.execute(f"PRAGMA table_info({table})")}
     except sqlite3.DatabaseError:
         theirs = set()
-    columns = ", ".join(name for name in ours if name in theirs)
-    if not columns:
+    shared = [name for name in ours if name in theirs]
+    if not shared:
         return 0, True
-    marks = ", ".join("?" for name in ours if name in theirs)
+    columns, marks = ", ".join(shared), ", ".join("?" for _ in shared)
     insert = f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})"
     reader = _Reader(source, f"SELECT {columns} FROM {table} WHERE rowid BETWEEN ? AND ?")
+    names = [place for place, name in enumerate(shared) if name in ("path", "file")]
     copied = 0
     for rows in reader.rows(_last_row(source, table)):
-        # A page may hold bytes that are rows of no shape that the new table takes.
-        copied += sum(target.execute(insert, row).rowcount for row in rows if _is_whole(row))
+        for row in rows:
+            is_copied = False
+            if _is_whole(row, names):
+                with suppress(sqlite3.IntegrityError):  # text where a number belongs
+                    is_copied = bool(target.execute(insert, row).rowcount)
+            copied += is_copied
+            reader.has_failed |= not is_copied
     return copied, reader.has_failed
 
 
@@ -130,13 +141,13 @@ class _Reader:
         self._failures = 0  # single rows, one after the other
         self.has_failed = False
 
-    def rows(self, last: int) -> Iterator[list[tuple[object, ...]]]:
+    def rows(self, last: int) -> Iterator[list[tuple[Any, ...]]]:
         for start in range(0, last + 1, STEP):
             yield from self._range(start, start + STEP - 1)
             if self._failures >= GIVE_UP:
                 return
 
-    def _range(self, first: int, last: int) -> Iterator[list[tuple[object, ...]]]:
+    def _range(self, first: int, last: int) -> Iterator[list[tuple[Any, ...]]]:
         if self._failures >= GIVE_UP:
             return
         try:
@@ -173,5 +184,12 @@ def _last_row(source: sqlite3.Connection, table: str) -> int:
     return int(page_count) * 64  # rows on a page, at most: none is smaller than 64 bytes
 
 
-def _is_whole(row: tuple[object, ...]) -> bool:
-    return row[0] is not None
+def _is_whole(row: tuple[Any, ...], names: Collection[int]) -> bool:
+    """Whether a row can be one that was written; `names` are the columns that hold file names.
+
+    The last page of a file that was cut off is filled up with zeros, in the middle of its rows.
+    """
+    texts = (value for value in row if isinstance(value, str))
+    return not any("\0" in text for text in texts) and not any(
+        isinstance(row[place], bytes) and b"\0" in row[place] for place in names
+    )
