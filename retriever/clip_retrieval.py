@@ -32,7 +32,7 @@ import numpy as np
 from indexes.errors import WrongModelError
 from indexes.records import CaptionRow, KnownFile
 from retriever.captions import clean_caption, printable, read_sidecar
-from retriever.data import IMAGE_SUFFIXES, read_image
+from retriever.data import IMAGE_SUFFIXES
 from retriever.errors import (
     CaptionError,
     MissingExtraError,
@@ -246,12 +246,13 @@ def _sample(shard: _Shard, row: _ClipRow) -> _Sample:
 def check_sample(store: Store, encoder: Encoder, source: Path, sample: Sequence[_Sample]) -> None:
     """Raises WrongModelError if encoding a sample again gives something else."""
     pictures, images = [], []
-    for one in sample:
-        try:
-            pictures.append(read_image(one.path, target=encoder.image_size).image)
-        except PictureError:
-            continue  # it is named when its turn comes
-        images.append(one.image)
+    with DecodeWorkers(1) as workers:
+        for one in sample:
+            try:
+                pictures.append(workers.read(one.path, target=encoder.image_size).image)
+            except PictureError:
+                continue  # it is named when its turn comes
+            images.append(one.image)
     captions = [(one.caption, one.text) for one in sample if one.caption and one.text is not None]
     model = store.model.name
     if pictures and _cosine(encoder.encode_images(pictures), images) < SAME_MODEL_COSINE:
