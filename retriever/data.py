@@ -60,15 +60,23 @@ class Caption:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture file as listed, unopened; `file` is its path below the root, with `/`.
+    """A picture file as listed, unopened.
 
-    A name that is no UTF-8 keeps its bytes as lone surrogates (`os.fsencode` gives them back).
+    `file` is its path below `root`, with `/`; a name that is no UTF-8 keeps its bytes as lone
+    surrogates (`os.fsencode` gives them back). `sidecars` are the names of the texts beside it that
+    belong to it.
     """
 
-    path: Path
+    root: Path
     file: str
     size: int
     mtime_ns: int
+    sidecars: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.root / self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,33 +137,92 @@ def merge_captions(*groups: Iterable[Caption]) -> tuple[Caption, ...]:
 # ── Listing ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def list_pictures(root: Path, *, problems: list[str] | None = None) -> Iterator[Picture]:
+def list_pictures(
+    root: Path, *, problems: list[str] | None = None, strays: list[str] | None = None
+) -> Iterator[Picture]:
     """Every picture below `root`: of each folder its files by name, then its folders by name.
 
     Hidden files and folders, `@eaDir`, recycle bins, `*.lib` stores and links to folders that are
     read anyway are skipped. Such links, unreadable folders and broken links to pictures are named
-    in `problems`.
+    in `problems`, texts that were meant for a picture which is not there in `strays`.
 
     Raises:
         UsageError: `root` is no folder.
     """
     if not root.is_dir():
         raise UsageError(f"{printable(root)}: no such folder")
-    return _pictures_below(root, [] if problems is None else problems)
+    return _pictures_below(
+        root, [] if problems is None else problems, [] if strays is None else strays
+    )
 
 
-def _pictures_below(root: Path, problems: list[str]) -> Iterator[Picture]:
+def _pictures_below(root: Path, problems: list[str], strays: list[str]) -> Iterator[Picture]:
     for prefix, entries in _folders_below(root, problems):
+        pictures, texts = [], []
         for entry in entries:
-            if _suffix(entry.name) in IMAGE_SUFFIXES:
-                try:
-                    status = entry.stat()
-                except OSError as exc:
-                    problems.append(f"{printable(prefix + entry.name)}: {exc.strerror}")
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    file = prefix + entry.name
-                    yield Picture(Path(entry.path), file, status.st_size, status.st_mtime_ns)
+            suffix = _suffix(entry.name)
+            if suffix in IMAGE_SUFFIXES:
+                pictures.append(entry)
+            elif suffix in _SIDECAR_SUFFIXES:
+                texts.append(entry.name)
+        sidecars: Mapping[str, list[str]] = {}
+        if texts:
+            sidecars, without_picture = _match_sidecars([one.name for one in pictures], texts)
+            strays += [printable(prefix + name) for name in without_picture]
+        for entry in pictures:
+            try:
+                status = entry.stat()
+            except OSError as exc:
+                problems.append(f"{printable(prefix + entry.name)}: {exc.strerror}")
+                continue
+            if stat.S_ISREG(status.st_mode):
+                beside = tuple(sidecars.get(entry.name, ()))
+                file = prefix + entry.name
+                yield Picture(root, file, status.st_size, status.st_mtime_ns, beside)
+
+
+def _match_sidecars(
+    pictures: Sequence[str], texts: Sequence[str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Names of the texts that belong to each picture of one folder, and of the strays.
+
+    A text named like several pictures (`a.txt` beside `a.jpg` and `a.png`) belongs to each.
+    """
+    # macOS writes "é" as two characters, most programs as one: both are found.
+    stem_of = {text: unicodedata.normalize("NFC", text[: -len(_suffix(text))]) for text in texts}
+    wanted = set(stem_of.values())
+    by_name: dict[str, list[str]] = {}
+    by_stem: dict[str, list[str]] = {}
+    for picture in pictures:
+        name = unicodedata.normalize("NFC", picture)
+        if name in wanted:
+            by_name.setdefault(name, []).append(picture)
+        stem = name[: -len(_suffix(name))]
+        if stem in wanted:
+            by_stem.setdefault(stem, []).append(picture)
+    found: dict[str, list[str]] = {}
+    without_picture = []
+    any_text_matched = False
+    for text, stem in stem_of.items():
+        owners = by_name.get(stem) or by_stem.get(stem, [])
+        for owner in owners:
+            found.setdefault(owner, []).append(text)
+        if not owners:
+            without_picture.append(text)
+        any_text_matched |= bool(owners) and _suffix(text) == ".txt"
+    return found, [name for name in without_picture if _is_stray(name, any_text_matched)]
+
+
+def _is_stray(name: str, any_text_matched: bool) -> bool:
+    """Whether a text beside no picture was meant as a caption.
+
+    A `.caption` was, and `photo.jpg.txt`; a `.txt` among texts that do describe pictures, unless
+    it is called README or the like.
+    """
+    stem, suffix = name[: -len(_suffix(name))], _suffix(name)
+    if suffix == ".caption" or _suffix(stem) in IMAGE_SUFFIXES:
+        return True
+    return any_text_matched and not _DOCUMENT.fullmatch(stem)
 
 
 def _folders_below(root: Path, problems: list[str]) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
@@ -223,114 +290,113 @@ def _suffix(name: str) -> str:
 
 
 class CaptionIndex:
-    """The captions that files beside the pictures give, read once for a root.
+    """The captions that files beside the pictures give.
 
-    Sidecars come first (`photo.txt`, `photo.jpg.txt`, `photo.caption`; one caption a line; a text
-    named like several pictures belongs to each), then the captions files of the root, or the one
-    given instead of those.
+    Sidecars come first (`photo.txt`, `photo.jpg.txt`, `photo.caption`; one caption a line), read
+    when a picture is asked for; then the captions files of the root, or the one given instead of
+    those, read at once. `problems` has a sentence on every file or line that could not be read.
     """
 
-    def __init__(self, root: Path, pictures: Sequence[Picture]) -> None:
+    def __init__(self, root: Path) -> None:
+        self.problems: list[str] = []
         self._root = root
-        self._n_pictures = len(pictures)
         self._captions: dict[str, tuple[Caption, ...]] = {}
         self._splits: dict[str, str] = {}
         self._unmatched: dict[str, str] = {}  # name -> where
         self._duplicates: list[str] = []
-        self._problems: list[str] = []
-        self._by_path = {picture.file: picture.file for picture in pictures}
-        self._by_stem: dict[str, list[str]] = {}
+        self._by_path: dict[str, str] = {}
         self._by_name: dict[str, list[str]] = {}
-        for picture in pictures:
-            # macOS writes "é" as two characters, most captions files as one: both are found.
-            composed = unicodedata.normalize("NFC", picture.file)
-            self._by_path.setdefault(composed, picture.file)
-            self._by_name.setdefault(composed.rpartition("/")[2], []).append(picture.file)
-            stem = picture.file[: -len(_suffix(picture.file))]
-            self._by_stem.setdefault(stem, []).append(picture.file)
 
     @classmethod
     def read(
-        cls, root: Path, *, captions: Path | None = None, pictures: Sequence[Picture]
+        cls, root: Path, *, captions: Path | None = None, pictures: Iterable[Picture]
     ) -> "CaptionIndex":
         """The index of `pictures`, as `list_pictures(root)` lists them.
 
-        A captions file names a picture by its path from the root, from the captions file, or below
-        `images/`; or by its bare name, if only one picture has it.
+        They are only gone through if there is a captions file. One names a picture by its path
+        from the root, from the captions file, or below `images/`; or by its bare name, if only one
+        picture has it.
 
         Raises:
             CaptionError: `captions` cannot be read. A file that was found on its own cannot stop
-                anything: it becomes one of the report's `problems`.
+                anything: it becomes one of the `problems`.
         """
-        index = cls(root, pictures)
-        index._add_sidecars()
-        for path in find_caption_files(root) if captions is None else [captions]:
+        index = cls(root)
+        paths = find_caption_files(root) if captions is None else [captions]
+        if paths:
+            index._know_names(picture.file for picture in pictures)
+        for path in paths:
             try:
-                source, records = read_caption_file(path, index._problems)
+                source, records = read_caption_file(path, index.problems)
             except CaptionError as exc:
                 if captions is not None:
                     raise
-                index._problems.append(str(exc))
+                index.problems.append(str(exc))
             else:
                 index._add_records(records, source, path)
         return index
 
+    @property
+    def unmatched(self) -> tuple[str, ...]:
+        """Captions of no picture in captions files, each with where it stands."""
+        return tuple(f"{where}: {name}" for name, where in self._unmatched.items())
+
     def for_picture(self, picture: Picture) -> tuple[Caption, ...]:
         """Its captions without those inside the picture (`Decoded.descriptions` has these)."""
-        return self._captions.get(picture.file, ())
+        in_files = self._captions.get(picture.file, ())
+        if not picture.sidecars:
+            return in_files
+        folder = picture.path.parent
+        groups = []
+        for name in picture.sidecars:
+            try:
+                groups.append([Caption(text, "sidecar") for text in read_sidecar(folder / name)])
+            except CaptionError as exc:
+                self.problems.append(str(exc))
+        return merge_captions(*groups, in_files)
 
     def split_of(self, picture: Picture) -> str | None:
         """The split that the captions file puts it in, as written there."""
         return self._splits.get(picture.file)
 
-    @property
-    def report(self) -> CaptionReport:
-        """How captions and pictures met, descriptions inside pictures not counted."""
-        return self._report(self._n_pictures, self._captions.values(), ())
-
-    def _report(
-        self, pictures: int, groups: Iterable[Sequence[Caption]], problems: Sequence[str]
+    def report(
+        self,
+        groups: Sequence[Sequence[Caption]],
+        *,
+        strays: Iterable[str] = (),
+        problems: Iterable[str] = (),
     ) -> CaptionReport:
+        """How captions and pictures met.
+
+        Args:
+            groups: the captions of each picture, which `for_picture` gives at least.
+            strays: as `list_pictures` names them.
+            problems: those met elsewhere.
+        """
         filled = [group for group in groups if group]
         counts = Counter(caption.source for group in filled for caption in group)
         return CaptionReport(
-            pictures=pictures,
+            pictures=len(groups),
             with_captions=len(filled),
             captions=counts.total(),
             by_source=MappingProxyType(dict(counts)),
-            unmatched=tuple(f"{where}: {name}" for name, where in self._unmatched.items()),
+            unmatched=(*(f"no picture beside: {name}" for name in strays), *self.unmatched),
             duplicates=tuple(self._duplicates),
-            problems=(*self._problems, *problems),
+            problems=(*self.problems, *problems),
         )
+
+    def _know_names(self, files: Iterable[str]) -> None:
+        composed_paths: dict[str, str] = {}
+        for file in files:
+            self._by_path[file] = file
+            composed = unicodedata.normalize("NFC", file)
+            composed_paths.setdefault(composed, file)
+            self._by_name.setdefault(composed.rpartition("/")[2], []).append(file)
+        self._by_path = composed_paths | self._by_path  # a name as it is written comes first
 
     def _add(self, file: str, texts: Iterable[str], source: str) -> None:
         new = (Caption(text, source) for text in texts)
         self._captions[file] = merge_captions(self._captions.get(file, ()), new)
-
-    def _add_sidecars(self) -> None:
-        for prefix, entries in _folders_below(self._root, []):  # list_pictures named the problems
-            strays: list[str] = []
-            any_text_matched = False
-            for entry in entries:
-                suffix = _suffix(entry.name)
-                if suffix not in _SIDECAR_SUFFIXES:
-                    continue
-                stem = prefix + entry.name[: -len(suffix)]
-                files = [stem] if stem in self._by_path else self._by_stem.get(stem, [])
-                if not files:
-                    strays.append(entry.name)
-                    continue
-                any_text_matched |= suffix == ".txt"
-                try:
-                    texts = read_sidecar(Path(entry.path))
-                except CaptionError as exc:
-                    self._problems.append(str(exc))
-                else:
-                    for file in files:
-                        self._add(file, texts, "sidecar")
-            for name in strays:
-                if _is_stray_sidecar(name, any_text_matched):
-                    self._unmatched[printable(prefix + name)] = "no picture beside"
 
     def _add_records(self, records: Iterable[CaptionRecord], source: str, path: Path) -> None:
         found: dict[str, list[str]] = {}
@@ -355,7 +421,7 @@ class CaptionIndex:
             else:
                 rows.setdefault(file, []).extend(record.texts)
             if record.split and self._splits.setdefault(file, record.split) != record.split:
-                self._problems.append(
+                self.problems.append(
                     f"{record.where}: {printable(file)} is in split {self._splits[file]!r} already,"
                     f" not in {record.split!r}"
                 )
@@ -379,18 +445,6 @@ class CaptionIndex:
         return self._by_name.get(name, [])
 
 
-def _is_stray_sidecar(name: str, any_text_matched: bool) -> bool:
-    """Whether a text beside no picture was meant as a caption.
-
-    A `.caption` was, and `photo.jpg.txt`; a `.txt` among texts that do describe pictures, unless
-    it is called README or the like.
-    """
-    stem, suffix = name[: -len(_suffix(name))], _suffix(name)
-    if suffix == ".caption" or _suffix(stem) in IMAGE_SUFFIXES:
-        return True
-    return any_text_matched and not _DOCUMENT.fullmatch(stem)
-
-
 def read_pairs(
     root: Path, *, captions: Path | None = None, split: str | None = None, embedded: bool = True
 ) -> tuple[list[Pair], CaptionReport]:
@@ -409,7 +463,8 @@ def read_pairs(
         CaptionError: `captions` cannot be read.
     """
     problems: list[str] = []
-    pictures = list(list_pictures(root, problems=problems))
+    strays: list[str] = []
+    pictures = list(list_pictures(root, problems=problems, strays=strays))
     index = CaptionIndex.read(root, captions=captions, pictures=pictures)
     if split is not None:
         splits = {index.split_of(picture) for picture in pictures} - {None}
@@ -434,7 +489,7 @@ def read_pairs(
         for picture, group in zip(pictures, groups, strict=True)
         if group
     ]
-    return pairs, index._report(len(pictures), groups, problems)
+    return pairs, index.report(groups, strays=strays, problems=problems)
 
 
 def read_image(path: Path, *, target: int | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:

@@ -1,23 +1,31 @@
 """A folder of pictures → embeddings and rows in a store; what has not changed costs one stat.
 
 Path is identity, content saves work. A file whose size and time stamp are as the catalogue has
-them is unchanged. Any other is hashed: equal content keeps its embeddings under a new time stamp
-or a new name, a copy is an item of its own that shares the embedding, and only content that the
-store has never seen is decoded and encoded.
+them is unchanged. Any other is hashed: equal content keeps its embeddings under a new time stamp,
+a new name or a new root, a copy is an item of its own that shares the embedding, and only content
+that the store's model has never seen is decoded and encoded.
 
-Decoding runs in a few threads ahead of the encoder, with `WINDOW` batches of pictures in memory.
-A batch is one transaction, so an interrupted run keeps what it has committed and the next one goes
-on from there.
+Hashing and decoding run in a few threads ahead of the encoder, with `WINDOW` batches of pictures in
+memory; decoders run in processes of their own. A batch is one transaction, so an interrupted run
+keeps what it has committed and the next one goes on from there.
+
+A file that is no longer listed was removed only if nothing says that it may be out of sight: an
+empty folder, a link to nothing, a folder that cannot be read.
+
+What is known of a root is held in memory while its files are looked at, one after the other: 70 MB
+for 100,000 files (`benchmarks/recheck.py`).
 """
 
 from __future__ import annotations
 
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -28,11 +36,13 @@ from numpy.typing import NDArray
 
 from indexes.records import CaptionRow, ItemRow, ItemWrite, KnownFile
 from retriever.captions import printable
-from retriever.data import Caption, CaptionIndex, Decoded, Picture, list_pictures, read_image
+from retriever.data import Caption, CaptionIndex, Decoded, Picture, list_pictures
 from retriever.errors import PictureError, RetrieverError, UsageError
+from retriever.workers import DecodeWorkers
 
 if TYPE_CHECKING:
-    from indexes.store import Store, Writer
+    from indexes.store import Store
+    from indexes.writer import Writer
     from retriever.encoders import Encoder
 
 Progress = Callable[[int, int], None]
@@ -57,11 +67,14 @@ class Failure:
 class IndexReport:
     """What one run found; every picture listed is counted once, those removed come besides.
 
-    added: new files, copies of known content among them. updated: another content or other
-    captions. moved: found again under a new name. removed: no longer on disk. unchanged: as before,
-    or equal content under a new time stamp. failed: could not be read, those included that failed
-    earlier and have not changed since. problems: folders and captions that could not be read, and
-    how many captions of a given file match no picture, one sentence each.
+    added: new files, copies of known content among them. updated: another content, other captions,
+    or embedded by a model that had not seen it. moved: found again under a new name. removed: no
+    longer on disk. unchanged: as before, or equal content under a new time stamp. failed: could not
+    be read, those included that failed earlier and have not changed since. problems: folders and
+    captions that could not be read, known pictures that are out of sight and were left alone, how
+    many captions of a given file match no picture and how many are too long for the model, one
+    sentence each. interrupted: the run was stopped; what it did is committed, and the rest is
+    counted nowhere.
     """
 
     added: int = 0
@@ -71,6 +84,7 @@ class IndexReport:
     unchanged: int = 0
     failed: tuple[Failure, ...] = ()
     problems: tuple[str, ...] = ()
+    interrupted: bool = False
 
 
 def index_folder(
@@ -81,6 +95,8 @@ def index_folder(
     captions: Path | None = None,
     progress: Progress | None = None,
     batch_size: int = BATCH_SIZE,
+    prune: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> IndexReport:
     """Brings the store up to date with a folder and says what that took.
 
@@ -97,22 +113,25 @@ def index_folder(
         progress: called with (done, total) of the pictures that need work, at the start and after
             every batch; never if nothing has changed.
         batch_size: pictures in one transaction.
+        prune: remove pictures that are out of sight as well: those of a folder that is gone or
+            empty, and those behind a link to nothing.
+        stop: asked between pictures and batches. Once it says yes, the batch in hand is committed
+            and nothing else is begun.
 
     Raises:
         UsageError: there is no such folder.
-        RetrieverError: the folder is empty although the store knows pictures in it, as when its
-            drive is not mounted; nothing is removed.
+        RetrieverError: the folder is gone or empty although the store knows pictures in it, as
+            when its drive is not mounted; nothing is removed unless `prune` is given.
         CaptionError: the file `captions` cannot be read.
         StoreLockedError: another process is writing.
     """
-    folder = folder.expanduser().resolve()
-    if not folder.is_dir():
-        fault = "is no folder" if folder.exists() else "does not exist; is its drive mounted?"
-        raise UsageError(f"{folder} {fault}")
+    folder = Path(os.path.realpath(folder.expanduser()))  # `resolve` fails on a loop of links
+    is_there = _is_there(folder)
     with store.writer() as writer:
-        run = _Run(store, writer, encoder, progress, batch_size)
-        report = run.index(folder, captions)
-        writer.finish()
+        run = _Run(store, writer, encoder, progress, batch_size, prune, stop or (lambda: False))
+        report = run.index(folder, captions, is_there=is_there)
+        if not report.interrupted:
+            writer.finish()
     return report
 
 
@@ -136,8 +155,8 @@ class _Job:
 
     picture: Picture
     before: KnownFile | None
-    beside: tuple[CaptionRow, ...]  # captions found in files beside the picture
     keeps_given: bool  # whether captions given in an earlier run stay
+    beside: tuple[CaptionRow, ...] | None = None  # captions in files beside the picture, once read
     digest: bytes | None = None
     kept: KnownFile | None = None  # the item whose embedding stays this file's
     decoding: Future[Decoded] | None = None
@@ -147,6 +166,7 @@ class _Job:
     @property
     def captions(self) -> tuple[CaptionRow, ...]:
         """All captions of the picture, those inside the file last."""
+        assert self.beside is not None
         former = self.kept or self.before
         given = _from(former, lambda source: source.startswith(GIVEN)) if self.keeps_given else ()
         if self.kept:
@@ -156,14 +176,26 @@ class _Job:
         return self.beside + given + inside
 
     @property
+    def needs_picture(self) -> bool:
+        """Whether the picture must be embedded, by this model at least."""
+        return self.digest is not None and not (self.kept and self.kept.picture_embedded)
+
+    @property
     def has_new_captions(self) -> bool:
-        return self.failure is None and self.captions != (self.kept.captions if self.kept else ())
+        if self.kept:
+            return self.captions != self.kept.captions
+        return self.failure is None
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether the captions must be embedded, by this model at least."""
+        return self.has_new_captions or bool(self.kept and not self.kept.captions_embedded)
 
     @property
     def outcome(self) -> Outcome:
         if self.before is None:
             return "moved" if self.kept else "added"
-        return "updated" if self.kept is None or self.has_new_captions else "unchanged"
+        return "updated" if self.needs_picture or self.needs_captions else "unchanged"
 
 
 class _Run:
@@ -176,129 +208,234 @@ class _Run:
         encoder: Callable[[], Encoder],
         progress: Progress | None,
         batch_size: int,
+        prune: bool,
+        stop: Callable[[], bool],
     ) -> None:
         self.store = store
         self.writer = writer
         self.encoder = encoder
         self.progress = progress
         self.batch_size = batch_size
+        self.prune = prune
+        self.stop = stop
+        self.root = Path()
         self.root_id = 0
+        self.captions: Path | None = None  # the file that the caller named
         self.counts: dict[Outcome, int] = dict.fromkeys(get_args(Outcome), 0)
         self.failed: list[Failure] = []
+        self.problems: list[str] = []
         self.gone: dict[bytes, list[KnownFile]] = {}  # by content, to be found under a new name
         self.moved: set[int] = set()
         self.in_flight: set[bytes] = set()  # contents being decoded
+        self.n_cut = 0  # captions that the model does not read to their end
 
-    def index(self, folder: Path, captions: Path | None) -> IndexReport:
+    def index(self, folder: Path, captions: Path | None, *, is_there: bool) -> IndexReport:
         roots = self.store.roots()
         around = [path for _, path in roots if folder.is_relative_to(path)]
-        root = min(around, key=lambda path: len(path.parts), default=folder)
-        problems: list[str] = []
+        self.root = min(around, key=lambda path: len(path.parts), default=folder)
+        self.captions = captions
+        part = "" if folder == self.root else f"{folder.relative_to(self.root).as_posix()}/"
+        if not is_there:
+            n_known = self._count_known(folder, roots)
+            if not n_known:
+                raise UsageError(f"{printable(folder)} does not exist; is its drive mounted?")
+            if not self.prune:
+                raise _refusal(folder, "is not there", n_known)
+        strays: list[str] = []
         # Names in captions files are matched against all pictures of the root.
-        listed = list(list_pictures(root, problems=problems))
-        pictures = [one for one in listed if one.path.is_relative_to(folder)]
-        if not pictures:
-            self._refuse_empty_folder(folder, roots)
-            return IndexReport(problems=tuple(problems))
-        sources = CaptionIndex.read(root, captions=captions, pictures=listed)
-
-        self.root_id = self.writer.add_root(root)
-        self._take_over_roots_inside(root, roots)
-        known = self.store.known_files(self.root_id)
-        gone = _gone(listed, known, root, all_listed=not problems)
-        for _, former in gone:
+        sources = CaptionIndex.read(self.root, captions=captions, pictures=self._listed([], []))
+        known = self._known(roots)
+        jobs: deque[_Job] = deque()
+        n_listed = 0
+        for picture in self._listed(self.problems, strays):
+            if self.stop():
+                return self._report(interrupted=True)
+            before = known.pop(picture.file, None)
+            if picture.file.startswith(part):
+                n_listed += 1
+                if job := self._job(picture, before, sources):
+                    jobs.append(job)
+        if n_listed:
+            self.root_id = self.writer.add_root(self.root)
+            self._take_over_roots_inside(roots)
+        elif not self.prune:
+            if n_known := self._count_known(folder, roots):
+                raise _refusal(folder, "holds no pictures now", n_known)
+            return self._report()
+        gone = self._without_those_out_of_sight(known)
+        for former in gone.values():
             if former.status == "ok" and former.content_hash is not None:
                 self.gone.setdefault(former.content_hash, []).append(former)
-        self._work_off(self._jobs(pictures, known, sources, captions))
+        if not self._work_off(jobs, sources):
+            return self._report(interrupted=True)
         removed = [
             former.item_id
-            for path, former in gone
-            if path.is_relative_to(folder) and former.item_id not in self.moved
+            for file, former in gone.items()
+            if file.startswith(part) and former.item_id not in self.moved
         ]
+        if removed and not self.prune and not _has_entries(folder):
+            self.problems.append(
+                f"{printable(folder)} went away while it was read; {_left_alone(len(removed))}"
+            )
+            return self._report()
         self.writer.remove(removed)
+        if n_listed and not part:
+            self.writer.mark_indexed(self.root_id)
+        self.problems += sources.problems
+        # Said of a file that was named on purpose. What a folder keeps of deleted pictures is no
+        # news.
+        if captions and (count := len(strays) + len(sources.unmatched)):
+            self.problems.append(
+                f"captions that match no picture: {count:,}"
+                " (`retriever index --dry-run` lists them)"
+            )
+        return self._report(len(removed))
+
+    def _report(self, removed: int = 0, *, interrupted: bool = False) -> IndexReport:
+        if self.n_cut:
+            encoder = self.encoder()
+            are, their = ("caption is", "its") if self.n_cut == 1 else ("captions are", "their")
+            self.problems.append(
+                f"{self.n_cut:,} {are} longer than the {encoder.max_text_tokens} tokens that"
+                f" {encoder.name} reads; only {their} beginning is searched"
+            )
         return IndexReport(
             **self.counts,
-            removed=len(removed),
+            removed=removed,
             failed=tuple(self.failed),
-            problems=(*problems, *sources.report.problems, *_unmatched(sources, captions)),
+            problems=tuple(self.problems),
+            interrupted=interrupted,
         )
 
-    def _refuse_empty_folder(self, folder: Path, roots: Sequence[tuple[int, Path]]) -> None:
-        paths = (path / file for id_, path in roots for file in self.store.known_files(id_))
-        if known := sum(path.is_relative_to(folder) for path in paths):
-            raise RetrieverError(
-                f"{folder} holds no pictures now, but the library knows {known} there; nothing was"
-                " removed. Mount its drive, or remove the folder from the library."
-            )
+    def _listed(self, problems: list[str], strays: list[str]) -> Iterable[Picture]:
+        if not self.root.is_dir():
+            return ()
+        return list_pictures(self.root, problems=problems, strays=strays)
 
-    def _take_over_roots_inside(self, root: Path, roots: Sequence[tuple[int, Path]]) -> None:
+    def _count_known(self, folder: Path, roots: Iterable[tuple[int, Path]]) -> int:
+        return sum(
+            (path / file).is_relative_to(folder)
+            for root_id, path in roots
+            if path.is_relative_to(folder) or folder.is_relative_to(path)
+            for file in self.store.known_files(root_id)
+        )
+
+    def _known(self, roots: Iterable[tuple[int, Path]]) -> dict[str, KnownFile]:
+        """Everything known by its path below the root, roots inside it included."""
+        ids = {path: root_id for root_id, path in roots if path.is_relative_to(self.root)}
+        root_id = ids.pop(self.root, None)
+        known = {} if root_id is None else self.store.known_files(root_id)
+        for path, inner_id in ids.items():
+            inside = self.store.known_files(inner_id)
+            if inside and not self.prune and not _has_entries(path):
+                self.problems.append(
+                    f"{printable(path)} is empty or not there; {_left_alone(len(inside))}"
+                )
+                continue
+            prefix = path.relative_to(self.root).as_posix()
+            known |= {f"{prefix}/{file}": one for file, one in inside.items()}
+        return known
+
+    def _take_over_roots_inside(self, roots: Iterable[tuple[int, Path]]) -> None:
+        inside = [
+            (root_id, path)
+            for root_id, path in roots
+            if path != self.root and path.is_relative_to(self.root)
+            if self.prune or _has_entries(path)
+        ]
+        if not inside:
+            return
         with self.writer.together():
-            for root_id, path in roots:
-                if path != root and path.is_relative_to(root):
-                    for file, known in self.store.known_files(root_id).items():
-                        here = (path.relative_to(root) / file).as_posix()
-                        self.writer.move(
-                            known.item_id, self.root_id, here, known.size, known.mtime_ns
-                        )
+            for root_id, path in inside:
+                prefix = path.relative_to(self.root).as_posix()
+                for file, known in self.store.known_files(root_id).items():
+                    here = f"{prefix}/{file}"
+                    self.writer.move(known.item_id, self.root_id, here, known.size, known.mtime_ns)
+                self.writer.forget_root(root_id)
 
-    def _jobs(
-        self,
-        pictures: Sequence[Picture],
-        known: Mapping[str, KnownFile],
-        sources: CaptionIndex,
-        captions: Path | None,
-    ) -> deque[_Job]:
-        """The pictures that need work; the others are counted here."""
-        reasons = {item.item_id: item.reason for item in self.store.failures()}
-        jobs: deque[_Job] = deque()
-        for picture in pictures:
-            before = known.get(picture.file)
-            beside = tuple(
-                CaptionRow(one.text, _source(one, captions)) for one in sources.for_picture(picture)
-            )
-            job = _Job(picture, before, beside, keeps_given=captions is None)
-            if before is None or not _is_same_file(picture, before):
-                jobs.append(job)
-            elif before.status == "failed":
-                # Without a hash not even its bytes could be read: that may pass (a drive, rights).
-                if before.content_hash is None or before.captions != job.captions:
-                    jobs.append(job)
-                else:
-                    reason = reasons[before.item_id] or ""
-                    self.failed.append(Failure(picture.path, reason))
-            else:
-                job.digest, job.kept = before.content_hash, before
-                if job.has_new_captions:
-                    jobs.append(job)
-                else:
-                    self.counts["unchanged"] += 1
-        return jobs
+    def _job(
+        self, picture: Picture, before: KnownFile | None, sources: CaptionIndex
+    ) -> _Job | None:
+        """The work that a picture needs; if it needs none it is counted here."""
+        job = _Job(picture, before, keeps_given=self.captions is None)
+        if before is None or not _is_same_file(picture, before):
+            return job
+        job.beside = self._beside(picture, sources)
+        if before.status == "failed":
+            # Without a hash not even its bytes could be read: that may pass (a drive, rights).
+            if before.content_hash is None or before.captions != job.captions:
+                return job
+            self.failed.append(Failure(picture.path, self._reasons[before.item_id] or ""))
+            return None
+        job.digest, job.kept = before.content_hash, before
+        if job.needs_picture or job.needs_captions:
+            return job
+        self.counts["unchanged"] += 1
+        return None
 
-    def _work_off(self, jobs: deque[_Job]) -> None:
+    def _beside(self, picture: Picture, sources: CaptionIndex) -> tuple[CaptionRow, ...]:
+        found = sources.for_picture(picture)
+        if not found:
+            return ()
+        return tuple(CaptionRow(one.text, _source(one, self.captions)) for one in found)
+
+    @cached_property
+    def _reasons(self) -> dict[int, str | None]:
+        return {item.item_id: item.reason for item in self.store.failures()}
+
+    def _without_those_out_of_sight(self, missing: Mapping[str, KnownFile]) -> dict[str, KnownFile]:
+        """Known files that were not listed because they are gone.
+
+        Others are behind a link whose target is not there, as when its drive is not mounted, or in
+        a folder that cannot be read: a file counts as gone only if looking for it says so.
+        """
+        gone: dict[str, KnownFile] = {}
+        dangling = _DanglingLinks(self.root)
+        behind: dict[str, int] = {}
+        for file, former in missing.items():
+            link = None if self.prune else dangling.on_the_way_to(file)
+            if link is not None:
+                behind[link] = behind.get(link, 0) + 1
+            elif not self.problems or not _may_exist(self.root / file):
+                gone[file] = former
+        self.problems += [
+            f"{printable(link)}: a link to nothing; {_left_alone(count)}"
+            for link, count in behind.items()
+        ]
+        return gone
+
+    def _work_off(self, jobs: deque[_Job], sources: CaptionIndex) -> bool:
+        """Whether all jobs were done; False if the run was stopped."""
         total, done = len(jobs), 0
         if not total:
-            return
+            return True
         report = self.progress or (lambda done, total: None)
         report(done, total)
-        pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "decode")
+        threads = min(4, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(threads, "decode")
+        workers = DecodeWorkers(threads)
         try:
             started: deque[list[_Job]] = deque()
-            hashed = self._hashed(pool, jobs)
-            while True:
+            hashed = self._hashed(pool, jobs, sources)
+            while not self.stop():
                 if batch := list(islice(hashed, self.batch_size)):
-                    self._start_decoding(pool, batch)
+                    self._start_decoding(pool, workers, batch)
                     started.append(batch)
                 if not started:
                     break
                 if len(started) == WINDOW or not batch:
                     settled = started.popleft()
-                    self._settle(settled)
+                    self._settle(workers, settled)
                     done += len(settled)
                     report(done, total)
         finally:
+            workers.close()  # what is being decoded now is wanted no more
             pool.shutdown(cancel_futures=True)
+        return done == total
 
-    def _hashed(self, pool: ThreadPoolExecutor, jobs: deque[_Job]) -> Iterator[_Job]:
+    def _hashed(
+        self, pool: ThreadPoolExecutor, jobs: deque[_Job], sources: CaptionIndex
+    ) -> Iterator[_Job]:
         """The jobs in their order, taken from the queue, each with its digest or its failure."""
         ahead: deque[tuple[_Job, Future[bytes] | None]] = deque()
         while jobs or ahead:
@@ -307,6 +444,8 @@ class _Run:
                 path = job.picture.path
                 ahead.append((job, None if job.digest else pool.submit(content_hash, path)))
             job, hashing = ahead.popleft()
+            if job.beside is None:
+                job.beside = self._beside(job.picture, sources)
             try:
                 job.digest = hashing.result() if hashing else job.digest
             except FileNotFoundError:
@@ -315,35 +454,49 @@ class _Run:
                 job.failure = f"cannot be read: {exc.strerror}"
             yield job
 
-    def _start_decoding(self, pool: ThreadPoolExecutor, batch: Sequence[_Job]) -> None:
+    def _start_decoding(
+        self, pool: ThreadPoolExecutor, workers: DecodeWorkers, batch: Sequence[_Job]
+    ) -> None:
         """Decodes, in the background, what neither the store nor this run has seen."""
         stored = self.store.find_by_hash(_digests(batch))
         for job in batch:
             if job.digest is None:
                 continue
-            job.kept = job.kept or self._kept(job)
-            if not (job.kept or job.digest in stored or job.digest in self.in_flight):
+            job.kept = job.kept or self._kept(job, stored.get(job.digest))
+            if job.needs_picture and not (job.digest in stored or job.digest in self.in_flight):
                 self.in_flight.add(job.digest)
-                job.decoding = pool.submit(self._read, job.picture.path)
+                job.decoding = pool.submit(self._read, workers, job.picture.path)
 
-    def _kept(self, job: _Job) -> KnownFile | None:
+    def _kept(self, job: _Job, twin_id: int | None) -> KnownFile | None:
         """The item that this file still is: by its path, or by the path that it had before."""
         before = job.before
         if before is not None:
             is_equal = before.status == "ok" and before.content_hash == job.digest
             return before if is_equal else None
-        formers = self.gone.get(job.digest or b"")
+        formers = self.gone.get(job.digest or b"", [])
+        if not formers and twin_id is not None and twin_id not in self.moved:
+            twins = self.store.items([twin_id])
+            formers = [_known_file(twin) for twin in twins if self._left_another_root(twin)]
         if not formers:
             return None
         self.moved.add(formers[0].item_id)
         return formers.pop(0)
 
-    def _read(self, path: Path) -> Decoded:
-        return read_image(path, target=self.encoder().image_size)
+    def _left_another_root(self, item: ItemRow) -> bool:
+        """Whether an item's file is gone from another root, which is there itself."""
+        return (
+            item.root != self.root
+            and _has_entries(item.root)
+            and not _may_exist(item.path)
+            and _DanglingLinks(item.root).on_the_way_to(item.file) is None
+        )
 
-    def _settle(self, batch: Sequence[_Job]) -> None:
+    def _read(self, workers: DecodeWorkers, path: Path) -> Decoded:
+        return workers.read(path, target=self.encoder().image_size)
+
+    def _settle(self, workers: DecodeWorkers, batch: Sequence[_Job]) -> None:
         """Encodes what a batch needs, then writes all of it in one transaction."""
-        self._find_contents([job for job in batch if job.digest and not job.kept])
+        self._find_contents(workers, [job for job in batch if job.needs_picture])
         embed = self._caption_embeddings(batch)
         with self.writer.together():
             for job in batch:
@@ -358,7 +511,7 @@ class _Run:
             else:
                 self.failed.append(Failure(job.picture.path, job.failure))
 
-    def _find_contents(self, jobs: Sequence[_Job]) -> None:
+    def _find_contents(self, workers: DecodeWorkers, jobs: Sequence[_Job]) -> None:
         """Fills in the content of each job, once for all copies, or why there is none."""
         contents = self._stored_contents(_digests(jobs))
         decoded: dict[bytes, Decoded] = {}
@@ -368,8 +521,9 @@ class _Run:
                 continue
             try:
                 # A copy whose twin failed after all has not been decoded yet.
+                path = job.picture.path
                 decoded[job.digest] = (
-                    job.decoding.result() if job.decoding else self._read(job.picture.path)
+                    job.decoding.result() if job.decoding else self._read(workers, path)
                 )
             except PictureError as exc:
                 # The report names the file already.
@@ -401,9 +555,13 @@ class _Run:
 
     def _caption_embeddings(self, batch: Sequence[_Job]) -> Callable[[_Job], Rows | None]:
         """A function from a job to its captions' (n, d) embeddings, each text encoded once."""
-        texts = {one.text for job in batch if job.has_new_captions for one in job.captions}
-        row_of = {text: row for row, text in enumerate(sorted(texts))}
-        rows = self.encoder().encode_texts(list(row_of)) if texts else None
+        texts = [one.text for job in batch if job.needs_captions for one in job.captions]
+        row_of = {text: row for row, text in enumerate(sorted(set(texts)))}
+        rows: Rows | None = None
+        if row_of:
+            rows = self.encoder().encode_texts(list(row_of))
+            is_cut = self.encoder().is_cut(list(row_of))
+            self.n_cut += sum(is_cut[row_of[text]] for text in texts)
 
         def embed(job: _Job) -> Rows | None:
             if rows is None or not job.captions:
@@ -420,6 +578,10 @@ class _Run:
             self.writer.touch(kept.item_id, one.size, one.mtime_ns)
         if job.has_new_captions:
             self.writer.set_captions(kept.item_id, job.captions, embed(job))
+        image = job.content.embedding if job.content else None
+        texts = embed(job) if job.needs_captions and not job.has_new_captions else None
+        if image is not None or texts is not None:
+            self.writer.embed(kept.item_id, image, texts)
 
 
 def content_hash(path: Path) -> bytes:
@@ -431,22 +593,68 @@ def content_hash(path: Path) -> bytes:
     return digest.digest()
 
 
-def _gone(
-    listed: Iterable[Picture], known: Mapping[str, KnownFile], root: Path, *, all_listed: bool
-) -> list[tuple[Path, KnownFile]]:
-    """Known files that are no longer there.
+class _DanglingLinks:
+    """Finds links to nothing, as a linked folder is while its drive is not mounted."""
 
-    If a folder could not be listed, a file counts as gone only if looking for it says so.
-    """
-    here = {picture.file for picture in listed}
-    missing = [(root / file, former) for file, former in known.items() if file not in here]
-    return [one for one in missing if all_listed or not _may_exist(one[0])]
+    def __init__(self, root: Path) -> None:
+        self._root = os.fspath(root)
+        self._in_folder: dict[str, str | None] = {"": None}
+
+    def on_the_way_to(self, file: str) -> str | None:
+        """The link at a path below the root, or at a folder above that, which leads nowhere."""
+        folder = file.rpartition("/")[0]
+        if folder not in self._in_folder:
+            self._in_folder[folder] = self.on_the_way_to(folder)
+        path = f"{self._root}/{file}"
+        is_dangling = os.path.islink(path) and not os.path.exists(path)  # noqa: PTH110, PTH114
+        return self._in_folder[folder] or (file if is_dangling else None)
 
 
-def _unmatched(sources: CaptionIndex, given: Path | None) -> Iterator[str]:
-    # Said of a file that was named on purpose. What a folder keeps of deleted pictures is no news.
-    if given and (count := len(sources.report.unmatched)):
-        yield f"captions that match no picture: {count:,} (`retriever index --dry-run` lists them)"
+def _is_there(folder: Path) -> bool:
+    """Whether a folder exists; raises UsageError if it is none, or nobody may look."""
+    try:
+        mode = folder.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as exc:
+        raise UsageError(f"{printable(folder)} cannot be read: {exc.strerror}") from exc
+    if not stat.S_ISDIR(mode):
+        raise UsageError(f"{printable(folder)} is no folder")
+    return True
+
+
+def _refusal(folder: Path, what: str, n_known: int) -> RetrieverError:
+    return RetrieverError(
+        f"{printable(folder)} {what}, but the library knows {n_known:,} pictures there; nothing was"
+        " removed. Mount its drive, or have them removed with --prune."
+    )
+
+
+def _left_alone(count: int) -> str:
+    return f"known pictures left alone there: {count:,} (--prune removes them)"
+
+
+def _has_entries(folder: Path) -> bool:
+    """Whether there is anything in a folder; the mount point of a missing drive is empty."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
+
+
+def _known_file(item: ItemRow) -> KnownFile:
+    """What is known of an item that has its picture embedded; of its captions that is open."""
+    return KnownFile(
+        item.item_id,
+        item.file,
+        item.size,
+        item.mtime_ns,
+        item.content_hash,
+        item.status,
+        item.captions,
+        captions_embedded=not item.captions,
+    )
 
 
 def _may_exist(path: Path) -> bool:
@@ -473,7 +681,9 @@ def _from(
     item: KnownFile | ItemRow | None, is_wanted: Callable[[str], bool]
 ) -> tuple[CaptionRow, ...]:
     """Those of an item's captions that are from a wanted source."""
-    return tuple(one for one in (item.captions if item else ()) if is_wanted(one.source))
+    if item is None or not item.captions:
+        return ()
+    return tuple(one for one in item.captions if is_wanted(one.source))
 
 
 def _digests(jobs: Iterable[_Job]) -> set[bytes]:

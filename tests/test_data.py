@@ -395,7 +395,7 @@ def test_the_index_alone_counts_what_files_say(tmp_path: Path) -> None:
     pictures = list(list_pictures(tmp_path))
     index = CaptionIndex.read(tmp_path, pictures=pictures)
     assert [index.for_picture(found) for found in pictures] == [(Caption("a dog", "sidecar"),), ()]
-    report = index.report
+    report = index.report([index.for_picture(found) for found in pictures])
     assert (report.pictures, report.with_captions, report.captions) == (2, 1, 1)
 
 

@@ -19,8 +19,10 @@ from PIL import Image
 from indexes.errors import StoreLockedError
 from indexes.store import CaptionRow, ItemRow, ModelSpec, Store
 from retriever import ingest
+from retriever.data import Decoded
 from retriever.errors import CaptionError, RetrieverError, UsageError
 from retriever.ingest import Failure, IndexReport, index_folder
+from retriever.workers import DecodeWorkers
 
 Index = Callable[..., IndexReport]
 
@@ -75,10 +77,13 @@ def test_new_pictures_are_added_with_captions_size_and_embeddings(
 
 
 def test_a_second_run_reads_no_picture_and_needs_no_encoder(
-    index: Index, fresh_store: Store, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch
+    index: Index, fresh_store: Store, tiny_pairs: Path
 ) -> None:
     index(tiny_pairs)
-    monkeypatch.setattr(ingest, "content_hash", no_encoder)
+    for picture in tiny_pairs.rglob("*.png"):  # whoever reads it now will know
+        status = picture.stat()
+        picture.write_bytes(b"?" * status.st_size)
+        os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
     calls: list[tuple[int, int]] = []
     report = index_folder(
         fresh_store, no_encoder, tiny_pairs, progress=lambda *call: calls.append(call)
@@ -110,12 +115,17 @@ def test_other_content_is_encoded_again(
 
 
 def test_edited_captions_are_picked_up_without_encoding_the_picture(
-    index: Index, fresh_store: Store, tiny_pairs: Path, toy_encoder: ToyEncoder
+    index: Index,
+    fresh_store: Store,
+    tiny_pairs: Path,
+    toy_encoder: ToyEncoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     index(tiny_pairs)
     (tiny_pairs / "red.txt").write_text("a cyan surprise\n")
     (tiny_pairs / "green.txt").unlink()
     toy_encoder.images_seen = 0
+    monkeypatch.setattr("subprocess.Popen", no_encoder)  # nor is anything started to decode it
     assert index(tiny_pairs) == IndexReport(updated=2, unchanged=3)
     assert toy_encoder.images_seen == 0
     assert texts_of(fresh_store, tiny_pairs / "red.png") == ["a cyan surprise"]
@@ -231,9 +241,142 @@ def test_an_emptied_folder_is_reported_and_nothing_is_removed(
     index(tiny_pairs)
     shutil.rmtree(tiny_pairs / part)
     (tiny_pairs / part).mkdir()
-    with pytest.raises(RetrieverError, match="nothing was removed"):
+    with pytest.raises(RetrieverError, match=r"nothing was removed.*--prune"):
         index(tiny_pairs / part)
     assert len(items_of(fresh_store)) == 5
+
+
+@pytest.mark.parametrize("part", [".", "more"])
+def test_a_folder_that_is_gone_is_reported_and_nothing_is_removed(
+    index: Index, fresh_store: Store, tiny_pairs: Path, part: str
+) -> None:
+    index(tiny_pairs)
+    shutil.rmtree(tiny_pairs / part)
+    with pytest.raises(RetrieverError, match=r"is not there.*nothing was removed.*--prune"):
+        index(tiny_pairs / part)
+    assert len(items_of(fresh_store)) == 5
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+@pytest.mark.parametrize(("part", "left"), [(".", 0), ("more", 4)])
+def test_what_was_in_a_folder_that_is_gone_or_empty_is_removed_when_asked(
+    index: Index, fresh_store: Store, tiny_pairs: Path, part: str, left: int, is_empty: bool
+) -> None:
+    index(tiny_pairs)
+    shutil.rmtree(tiny_pairs / part)
+    if is_empty:
+        (tiny_pairs / part).mkdir()
+    assert index(tiny_pairs / part, prune=True) == IndexReport(removed=5 - left)
+    assert len(items_of(fresh_store)) == left
+    assert fresh_store.verify() == []
+
+
+def test_pruning_removes_nothing_that_is_there(index: Index, tiny_pairs: Path) -> None:
+    assert index(tiny_pairs, prune=True) == IndexReport(added=5)
+    assert index(tiny_pairs, prune=True) == IndexReport(unchanged=5)
+
+
+def test_pruning_a_folder_that_nobody_knows_is_wrong_usage(index: Index, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        index(tmp_path / "nowhere", prune=True)
+    (tmp_path / "empty").mkdir()
+    assert index(tmp_path / "empty", prune=True) == IndexReport()
+
+
+def test_a_loop_of_links_is_wrong_usage(index: Index, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match="loop"):
+        index(tmp_path / "loop")
+
+
+def test_pictures_behind_a_link_to_nothing_are_left_alone(
+    index: Index, fresh_store: Store, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    drive = tmp_path / "drive"
+    paint(drive / "deep/cyan.png", "cyan")
+    paint(drive / "magenta.png", "magenta")
+    paint(tmp_path / "one.png", "cyan", side=3)
+    (tiny_pairs / "more/drive").symlink_to(drive)
+    (tiny_pairs / "linked.png").symlink_to(tmp_path / "one.png")
+    assert index(tiny_pairs) == IndexReport(added=8)
+    drive.rename(tmp_path / "unmounted")
+    (tmp_path / "one.png").unlink()
+    (tiny_pairs / "red.png").unlink()
+    report = index(tiny_pairs)
+    assert (report.removed, report.unchanged) == (1, 4)
+    (problem,) = (one for one in report.problems if one.startswith("more/drive: "))
+    assert problem == (
+        "more/drive: a link to nothing; known pictures left alone there: 2 (--prune removes them)"
+    )
+    assert len(items_of(fresh_store)) == 7
+    (tmp_path / "unmounted").rename(drive)
+    report = index(tiny_pairs)
+    assert (report.removed, report.unchanged) == (0, 6)
+    shutil.rmtree(drive)
+    assert index(tiny_pairs, prune=True).removed == 3
+    assert len(items_of(fresh_store)) == 4
+
+
+def test_pictures_behind_a_link_that_was_taken_away_are_removed(
+    index: Index, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    paint(tmp_path / "drive/cyan.png", "cyan")
+    (tiny_pairs / "drive").symlink_to(tmp_path / "drive")
+    assert index(tiny_pairs).added == 6
+    (tiny_pairs / "drive").unlink()
+    assert index(tiny_pairs) == IndexReport(removed=1, unchanged=5)
+
+
+def test_a_root_inside_that_is_not_mounted_is_left_alone(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    index(tiny_pairs / "more")
+    (tiny_pairs / "more").rename(tiny_pairs.parent / "aside")
+    (tiny_pairs / "more").mkdir()
+    report = index(tiny_pairs)
+    assert (report.added, report.removed) == (4, 0)
+    assert report.problems == (
+        f"{tiny_pairs / 'more'} is empty or not there; known pictures left alone there: 1"
+        " (--prune removes them)",
+    )
+    assert str(tiny_pairs / "more/yellow.png") in items_of(fresh_store)
+    (tiny_pairs / "more").rmdir()
+    (tiny_pairs.parent / "aside").rename(tiny_pairs / "more")
+    assert index(tiny_pairs) == IndexReport(unchanged=5)
+    assert [path for _, path in fresh_store.roots()] == [tiny_pairs]
+
+
+def test_a_folder_that_goes_away_while_it_is_read_loses_nothing(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    index(tiny_pairs)
+    (tiny_pairs / "red.png").unlink()
+    paint(tiny_pairs / "zebra.png", "cyan")
+    report = index(tiny_pairs, progress=lambda done, total: shutil.rmtree(tiny_pairs, True))
+    assert (report.removed, report.unchanged, len(report.failed)) == (0, 4, 1)
+    assert report.problems == (
+        f"{tiny_pairs} went away while it was read; known pictures left alone there: 1"
+        " (--prune removes them)",
+    )
+    assert str(tiny_pairs / "red.png") in items_of(fresh_store)
+
+
+def test_a_root_remembers_when_all_of_it_was_looked_at(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    def indexed_at() -> Any:
+        (info,) = fresh_store.root_infos()
+        return info.indexed_at
+
+    index(tiny_pairs, stop=lambda: bool(fresh_store.roots()))
+    assert indexed_at() is None
+    index(tiny_pairs / "more")
+    assert indexed_at() is None
+    index(tiny_pairs)
+    first = indexed_at()
+    assert first is not None
+    index(tiny_pairs / "more")
+    assert indexed_at() == first
 
 
 def test_pictures_in_a_folder_that_cannot_be_listed_are_kept(
@@ -292,6 +435,72 @@ def test_two_roots_live_side_by_side_and_share_content(
     assert len(items_of(fresh_store)) == 10
 
 
+def test_a_picture_moved_to_another_root_keeps_its_id_embedding_and_given_captions(
+    index: Index, fresh_store: Store, tiny_pairs: Path, tmp_path: Path, toy_encoder: ToyEncoder
+) -> None:
+    given = tmp_path / "captions.jsonl"
+    given.write_text('{"file": "red.png", "caption": "red, by hand"}\n')
+    index(tiny_pairs, captions=given)
+    before = items_of(fresh_store)[str(tiny_pairs / "red.png")].item_id
+    other = tmp_path / "other"
+    paint(other / "cyan.png", "cyan")
+    (tiny_pairs / "red.png").rename(other / "crimson.png")
+    toy_encoder.images_seen = 0
+    assert index(other) == IndexReport(added=1, moved=1)
+    assert toy_encoder.images_seen == 1
+    item = items_of(fresh_store)[str(other / "crimson.png")]
+    assert (item.item_id, item.root) == (before, other)
+    assert [caption.text for caption in item.captions] == ["red, by hand"]
+    assert fresh_store.verify() == []
+    assert index(tiny_pairs) == IndexReport(unchanged=4)
+    assert index(other) == IndexReport(unchanged=2)
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_a_picture_whose_former_root_is_not_mounted_is_a_copy(
+    index: Index, fresh_store: Store, tiny_pairs: Path, tmp_path: Path, is_empty: bool
+) -> None:
+    index(tiny_pairs)
+    shutil.copytree(tiny_pairs, tmp_path / "other")
+    tiny_pairs.rename(tmp_path / "unmounted")
+    if is_empty:
+        tiny_pairs.mkdir()
+    assert index(tmp_path / "other") == IndexReport(added=5)
+    assert len(items_of(fresh_store)) == 10
+
+
+def test_a_picture_behind_a_link_to_nothing_in_another_root_is_a_copy(
+    index: Index, fresh_store: Store, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    paint(tmp_path / "drive/cyan.png", "cyan")
+    (tiny_pairs / "drive").symlink_to(tmp_path / "drive")
+    index(tiny_pairs)
+    (tmp_path / "drive").rename(tmp_path / "other")
+    assert index(tmp_path / "other") == IndexReport(added=1)
+    assert len(items_of(fresh_store)) == 7
+
+
+def test_of_two_copies_in_another_root_one_is_the_picture_that_moved(
+    index: Index, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    index(tiny_pairs)
+    (tmp_path / "other").mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copyfile(tiny_pairs / "red.png", tmp_path / "other" / name)
+    (tiny_pairs / "red.png").unlink()
+    assert index(tmp_path / "other", batch_size=1) == IndexReport(added=1, moved=1)
+
+
+def test_a_picture_moved_between_parts_of_a_root_is_found_when_only_one_is_indexed(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    index(tiny_pairs)
+    before = items_of(fresh_store)[str(tiny_pairs / "red.png")].item_id
+    (tiny_pairs / "red.png").rename(tiny_pairs / "more/crimson.png")
+    assert index(tiny_pairs / "more") == IndexReport(moved=1, unchanged=1)
+    assert items_of(fresh_store)[str(tiny_pairs / "more/crimson.png")].item_id == before
+
+
 def test_a_link_to_a_root_is_that_root(index: Index, tiny_pairs: Path, tmp_path: Path) -> None:
     index(tiny_pairs)
     (tmp_path / "link").symlink_to(tiny_pairs)
@@ -325,6 +534,147 @@ def test_a_captions_file_that_cannot_be_read_stops_before_anything_is_done(
     with pytest.raises(CaptionError, match=r"absent\.json"):
         index(tiny_pairs, captions=tmp_path / "absent.json")
     assert items_of(fresh_store) == {}
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(1, "1 caption is longer"), (2, "2 captions are longer")]
+)
+def test_captions_that_the_model_does_not_read_to_their_end_are_counted(
+    index: Index, tmp_path: Path, count: int, words: str
+) -> None:
+    for name in ["a", "b"][:count]:
+        paint(tmp_path / f"p/{name}.png", "red")
+        (tmp_path / f"p/{name}.txt").write_text("red " * 17 + "\n" + "red " * 16)
+    (problem,) = index(tmp_path / "p").problems
+    assert problem.startswith(f"{words} than the 16 tokens that toy reads; only ")
+    assert index(tmp_path / "p").problems == ()  # said once, when they are read
+
+
+# ── Several models ───────────────────────────────────────────────────────────────────────────────
+
+
+class TurnedEncoder(ToyEncoder):
+    """Another model: its rows are the toy's with the columns turned by one."""
+
+    name = "turned"
+
+    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+        return np.ascontiguousarray(np.roll(super().encode_images(images), 1, axis=1))
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.ascontiguousarray(np.roll(super().encode_texts(texts), 1, axis=1))
+
+
+@pytest.fixture
+def other_encoder() -> TurnedEncoder:
+    return TurnedEncoder("turned-1")
+
+
+@pytest.fixture
+def other_store(fresh_store: Store) -> Iterator[Store]:
+    """The store of `fresh_store`, worked with by a second model."""
+    model = ModelSpec("turned", TurnedEncoder.dim, "turned-1")
+    with Store.open(fresh_store.path, model, add_model=True) as store:
+        yield store
+
+
+def test_a_second_model_embeds_what_is_known_and_is_then_up_to_date(
+    index: Index,
+    fresh_store: Store,
+    tiny_pairs: Path,
+    toy_encoder: ToyEncoder,
+    other_store: Store,
+    other_encoder: TurnedEncoder,
+) -> None:
+    shutil.copyfile(tiny_pairs / "red.png", tiny_pairs / "copy.png")
+    index(tiny_pairs)
+    ids = {path: item.item_id for path, item in items_of(fresh_store).items()}
+    toy_encoder.images_seen = 0
+    report = index_folder(other_store, lambda: other_encoder, tiny_pairs)
+    assert report == IndexReport(updated=6)
+    assert other_encoder.images_seen == 5  # the copy shares
+    assert {path: item.item_id for path, item in items_of(other_store).items()} == ids
+    red = str(tiny_pairs / "red.png")
+    assert other_store.embeddings("image", [ids[red]])[0] == pytest.approx([0, 1, 0, 0])
+    captions = other_store.caption_ids(ids[red])
+    assert other_store.embeddings("caption", captions) == pytest.approx(
+        np.array([[0, 1, 0, 0]] * 2)
+    )
+    assert fresh_store.embeddings("image", [ids[red]])[0] == pytest.approx([1, 0, 0, 0])
+    assert index_folder(other_store, no_encoder, tiny_pairs) == IndexReport(unchanged=6)
+    assert index_folder(fresh_store, no_encoder, tiny_pairs) == IndexReport(unchanged=6)
+    assert fresh_store.verify() == []
+    assert other_store.verify() == []
+
+
+def test_captions_that_another_model_embedded_need_no_picture(
+    index: Index,
+    fresh_store: Store,
+    tiny_pairs: Path,
+    other_store: Store,
+    other_encoder: TurnedEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index(tiny_pairs)
+    index_folder(other_store, lambda: other_encoder, tiny_pairs)
+    (tiny_pairs / "red.txt").write_text("red, and something blue\n")
+    assert index(tiny_pairs) == IndexReport(updated=1, unchanged=4)
+    other_encoder.images_seen = other_encoder.texts_seen = 0
+    monkeypatch.setattr("subprocess.Popen", no_encoder)
+    monkeypatch.setattr(ingest, "content_hash", no_encoder)
+    report = index_folder(other_store, lambda: other_encoder, tiny_pairs)
+    assert report == IndexReport(updated=1, unchanged=4)
+    assert (other_encoder.images_seen, other_encoder.texts_seen) == (0, 1)
+    (known,) = (
+        one
+        for root_id, _ in other_store.roots()
+        for file, one in other_store.known_files(root_id).items()
+        if file == "red.png"
+    )
+    (caption_id,) = other_store.caption_ids(known.item_id)
+    expected = np.array([[0, 1, 0, 1]]) / np.sqrt(2)
+    assert other_store.embeddings("caption", [caption_id]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_picture_that_moved_is_embedded_by_a_second_model_under_its_new_name(
+    index: Index,
+    fresh_store: Store,
+    tiny_pairs: Path,
+    other_store: Store,
+    other_encoder: TurnedEncoder,
+) -> None:
+    index(tiny_pairs)
+    before = items_of(fresh_store)[str(tiny_pairs / "red.png")].item_id
+    (tiny_pairs / "red.png").rename(tiny_pairs / "crimson.png")
+    touch(tiny_pairs / "blue.png")
+    report = index_folder(other_store, lambda: other_encoder, tiny_pairs)
+    assert report == IndexReport(updated=4, moved=1)
+    assert other_store.embeddings("image", [before])[0] == pytest.approx([0, 1, 0, 0])
+    assert index_folder(fresh_store, no_encoder, tiny_pairs) == IndexReport(unchanged=5)
+
+
+def test_a_picture_that_a_second_model_cannot_have_read_is_named_and_stays_as_it_is(
+    index: Index,
+    fresh_store: Store,
+    tiny_pairs: Path,
+    other_store: Store,
+    other_encoder: TurnedEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tiny_pairs / "broken.png").write_bytes(b"broken")
+    first = index(tiny_pairs)
+    red = tiny_pairs / "red.png"
+    before = items_of(fresh_store)[str(red)]
+    status = red.stat()
+    red.write_bytes(b"?" * status.st_size)  # rotten, and its time stamp does not tell
+    os.utime(red, ns=(status.st_atime_ns, status.st_mtime_ns))
+    report = index_folder(other_store, lambda: other_encoder, tiny_pairs)
+    assert report.updated == 4
+    assert {one.path for one in report.failed} == {red, tiny_pairs / "broken.png"}
+    assert {one for one in report.failed if one.path != red} == set(first.failed)
+    assert items_of(fresh_store)[str(red)] == before
+    assert embedding_of(fresh_store, red) == pytest.approx([1, 0, 0, 0])
+    assert index_folder(fresh_store, no_encoder, tiny_pairs).unchanged == 5
 
 
 # ── Failures ─────────────────────────────────────────────────────────────────────────────────────
@@ -376,18 +726,18 @@ def test_a_picture_that_breaks_is_no_longer_found(
     assert len(match.ids) == 4
 
 
-@pytest.mark.parametrize("moment", ["content_hash", "read_image"])
+@pytest.mark.parametrize("moment", [(ingest, "content_hash"), (DecodeWorkers, "read")])
 def test_a_picture_that_vanishes_after_the_listing_is_a_named_failure(
-    index: Index, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    index: Index, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch, moment: tuple[Any, str]
 ) -> None:
-    real = getattr(ingest, moment)
+    real = getattr(*moment)
 
-    def vanish(path: Path, **options: Any) -> Any:
-        if path.name == "green.png":
-            path.unlink(missing_ok=True)
-        return real(path, **options)
+    def vanish(*args: Any, **options: Any) -> Any:
+        if args[-1].name == "green.png":
+            args[-1].unlink(missing_ok=True)
+        return real(*args, **options)
 
-    monkeypatch.setattr(ingest, moment, vanish)
+    monkeypatch.setattr(*moment, vanish)
     report = index(tiny_pairs)
     assert report.added == 4
     assert [failure.path for failure in report.failed] == [tiny_pairs / "green.png"]
@@ -460,6 +810,47 @@ def test_an_interrupted_run_keeps_its_batches_and_the_next_goes_on(
     assert toy_encoder.images_seen == 6
 
 
+def test_a_run_that_is_stopped_commits_the_batch_in_hand_and_begins_nothing_else(
+    index: Index, fresh_store: Store, tmp_path: Path, toy_encoder: ToyEncoder
+) -> None:
+    folder = many(tmp_path / "p", 20)
+    index(folder)
+    (folder / "000.png").unlink()
+    (folder / "001.png").rename(folder / "z.png")
+    many_more = [paint(folder / f"more/{n}.png", "blue", side=n + 1) for n in range(10)]
+    toy_encoder.images_seen = 0
+    report = index(folder, batch_size=2, stop=lambda: toy_encoder.images_seen >= 3)
+    assert report == IndexReport(added=3, moved=1, unchanged=18, interrupted=True)
+    items = items_of(fresh_store)
+    assert str(folder / "000.png") in items  # what is gone is known when all was looked at
+    assert [str(path) in items for path in many_more] == [True] * 3 + [False] * 7
+    assert fresh_store.verify() == []
+    assert threading.active_count() == 1
+    assert index(folder) == IndexReport(added=7, removed=1, unchanged=22)
+
+
+@pytest.mark.parametrize("asked", [0, 3])
+def test_a_run_that_is_stopped_while_it_lists_has_done_nothing(
+    index: Index, fresh_store: Store, tiny_pairs: Path, asked: int
+) -> None:
+    answers = iter([False] * asked)
+    report = index(tiny_pairs, stop=lambda: next(answers, True))
+    assert report == IndexReport(interrupted=True)
+    assert fresh_store.roots() == []
+
+
+def test_a_run_that_is_stopped_when_all_is_done_is_complete(index: Index, tmp_path: Path) -> None:
+    folder = many(tmp_path / "p", 4)
+    done: list[int] = []
+    report = index(
+        folder,
+        batch_size=2,
+        progress=lambda now, total: done.append(now),
+        stop=lambda: done[-1:] == [4],
+    )
+    assert report == IndexReport(added=4)
+
+
 def test_an_encoder_that_fails_leaves_whole_batches_only(
     fresh_store: Store, tmp_path: Path
 ) -> None:
@@ -485,18 +876,18 @@ def test_no_more_than_a_window_of_pictures_is_decoded_ahead(
     fresh_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_size, decoded, ahead = 2, [0], []
-    read = ingest.read_image
+    read = DecodeWorkers.read
 
-    def counting(path: Path, **options: Any) -> Any:
+    def counting(workers: DecodeWorkers, path: Path, **options: Any) -> Decoded:
         decoded[0] += 1
-        return read(path, **options)
+        return read(workers, path, **options)
 
     class Watching(ToyEncoder):
         def encode_images(self, images: Sequence[Any]) -> np.ndarray:
             ahead.append(decoded[0] - self.images_seen)
             return super().encode_images(images)
 
-    monkeypatch.setattr(ingest, "read_image", counting)
+    monkeypatch.setattr(DecodeWorkers, "read", counting)
     watching = Watching()
     index_folder(fresh_store, lambda: watching, many(tmp_path / "p", 40), batch_size=batch_size)
     assert max(ahead) <= ingest.WINDOW * batch_size
