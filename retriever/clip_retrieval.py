@@ -145,7 +145,8 @@ class ClipLayout:
             raise RetrieverError(f"{where}: caption is not a text")
         if self._base is None and not PurePath(name).is_absolute():
             raise UsageError(
-                f"{where}: {name!r} is a relative path: say with `root` which folder it starts from"
+                f"{where}: {name!r} is a relative path: name the folder that it starts from "
+                "(--pictures)"
             )
         # Not resolved: a picture is where its path says, also below a linked folder.
         path = Path(os.path.abspath((self._base or Path()) / name))  # noqa: PTH100
@@ -195,7 +196,7 @@ class ClipLayout:
         if folder == PurePath(folder).anchor:
             raise UsageError(
                 f"the pictures of {printable(self.source)} have only {folder} in common: import "
-                "them once for each folder, with `root`"
+                "them once for each folder (--pictures)"
             )
         return Path(folder), [_sample(shard, row) for shard, row in drawn]
 

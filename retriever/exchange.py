@@ -25,11 +25,13 @@ from retriever.errors import RetrieverError, UsageError
 from retriever.ingest import Failure
 from retriever.portable import (
     BATCH_SIZE,
+    MANIFEST,
     Export,
     Record,
     batched,
     check_model,
     clear_partial,
+    read_manifest,
     records_of,
     snapshot,
     unit_rows,
@@ -102,6 +104,18 @@ def export_store(store: Store, dest: Path, *, progress: Progress | None = None) 
     return ExportReport(dest, **report)
 
 
+def exported_model(source: Path) -> str | None:
+    """The name of the model of an export; None if `source` is none, as with clip-retrieval's.
+
+    Raises:
+        RetrieverError: the manifest is damaged, or newer than this version.
+    """
+    source = source.expanduser()
+    if not (source / MANIFEST).is_file():
+        return None
+    return read_manifest(source).object("model").text("name")
+
+
 def import_folder(store: Store, source: Path, *, progress: Progress | None = None) -> ImportReport:
     """Takes in what `export_store` wrote; all of it is checked before anything is written.
 
@@ -119,7 +133,7 @@ def import_folder(store: Store, source: Path, *, progress: Progress | None = Non
         RetrieverError: a file is damaged or contradicts another; the text names it and the line.
         StoreLockedError: another process is writing.
     """
-    export = Export.open(source, store)
+    export = Export.open(source.expanduser(), store)
     roots = export.check()
     return _take_in(store, roots, export.batches(), export.counts["items"], progress)
 

@@ -249,6 +249,28 @@ def _line(record: Record, put: Callable[[Kind, Rows | None], int | None]) -> byt
 # ── An export, read ──────────────────────────────────────────────────────────────────────────────
 
 
+def read_manifest(folder: Path) -> _Fields:
+    """The manifest of an export that this version can read.
+
+    Raises UsageError if there is none, RetrieverError if it is damaged or newer than this version.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UsageError(f"{printable(folder)} holds no export: there is no {MANIFEST} in it")
+    with named(path), path.open("rb") as file:
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise RetrieverError(f"{printable(path)}: too large to be the manifest of an export")
+    manifest = _Fields.parse(printable(path), data)
+    if manifest.text("format") != FORMAT:
+        raise UsageError(f"{printable(path)} is not the manifest of an export")
+    if manifest.number("version", low=1) > VERSION:
+        raise RetrieverError(
+            f"{printable(folder)} was written by a newer version of this software: update it"
+        )
+    return manifest
+
+
 class Export:
     """An exported folder, of which nothing is believed before it was checked."""
 
@@ -265,21 +287,7 @@ class Export:
     @classmethod
     def open(cls, folder: Path, store: Store) -> Export:
         """Reads the manifest, and compares model and checksums."""
-        folder = folder.expanduser()
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise UsageError(f"{printable(folder)} holds no export: there is no {MANIFEST} in it")
-        with named(path), path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-        if len(data) > MAX_MANIFEST_BYTES:
-            raise RetrieverError(f"{printable(path)}: too large to be the manifest of an export")
-        manifest = _Fields.parse(printable(path), data)
-        if manifest.text("format") != FORMAT:
-            raise UsageError(f"{printable(path)} is not the manifest of an export")
-        if manifest.number("version", low=1) > VERSION:
-            raise RetrieverError(
-                f"{printable(folder)} was written by a newer version of this software: update it"
-            )
+        manifest = read_manifest(folder)
         model = manifest.object("model")
         name, fingerprint = model.text("name"), model.text("fingerprint")
         check_model(store, name, model.number("dim", low=1), fingerprint, folder)

@@ -26,7 +26,13 @@ from indexes.errors import WrongModelError
 from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store
 from retriever import exchange, portable
 from retriever.errors import RetrieverError, UsageError
-from retriever.exchange import ImportReport, export_store, import_folder, merge_store
+from retriever.exchange import (
+    ImportReport,
+    export_store,
+    exported_model,
+    import_folder,
+    merge_store,
+)
 from retriever.ingest import index_folder
 
 DIM = 4
@@ -250,7 +256,7 @@ def libraries(draw: st.DrawFn) -> dict[Path, list[Any]]:
     return roots
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(libraries())
 def test_a_library_exported_and_imported_is_equal_row_for_row_and_vector_for_vector(library):
     with scratch() as folder, store_with(folder / "from.lib", library) as store:
@@ -586,20 +592,35 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported")
+    with sample(folder / "photos.lib") as store:
+        export_store(store, folder / "out")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def untouched() -> Iterator[Store]:
+    """A library that nothing has ever been written to."""
+    with scratch() as folder, Store.create(folder / "fresh.lib", MODEL) as store:
+        yield store
+
+
 @pytest.mark.filterwarnings("ignore:Reading `.npy`:UserWarning")
 @pytest.mark.parametrize(
     ("tamper", "words"), [one[1:] for one in TAMPERED], ids=[one[0] for one in TAMPERED]
 )
 def test_a_tampered_export_is_refused_in_a_sentence_and_nothing_is_written(
-    store, fresh, folder, tamper, words
+    exported, untouched, folder, tamper, words
 ):
-    export_store(store, folder / "out")
+    shutil.copytree(exported, folder / "out")
     tamper(folder / "out")
     resign(folder / "out")
     with pytest.raises((RetrieverError, WrongModelError), match=words):
-        import_folder(fresh, folder / "out")
-    assert contents(fresh) == {}
-    assert fresh.roots() == []
+        import_folder(untouched, folder / "out")
+    assert contents(untouched) == {}
+    assert untouched.roots() == []
 
 
 def manifest(**changes: Any) -> Callable[[Path], None]:
@@ -633,28 +654,30 @@ def manifest(**changes: Any) -> Callable[[Path], None]:
         (raw(IMAGES, lambda data: data[:-1] + b"\1"), RetrieverError, "another checksum"),
     ],
 )
-def test_a_damaged_export_is_refused_in_a_sentence(store, fresh, folder, damage, error, words):
-    export_store(store, folder / "out")
+def test_a_damaged_export_is_refused_in_a_sentence(
+    exported, untouched, folder, damage, error, words
+):
+    shutil.copytree(exported, folder / "out")
     damage(folder / "out")
     with pytest.raises(error, match=words):
-        import_folder(fresh, folder / "out")
-    assert contents(fresh) == {}
+        import_folder(untouched, folder / "out")
+    assert contents(untouched) == {}
+
+
+def test_the_model_of_an_export_is_known_before_it_is_imported(exported, tmp_path):
+    assert exported_model(exported) == "toy"
+    assert exported_model(tmp_path) is None
 
 
 @pytest.fixture(scope="module")
-def copied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Store]]:
-    """An export, and a library to import it to."""
-    with scratch() as folder:
-        with sample(folder / "photos.lib") as store:
-            export_store(store, folder / "out")
-        with Store.create(folder / "to.lib", MODEL) as copy:
-            yield folder / "out", copy
+def target() -> Iterator[Store]:
+    with scratch() as folder, Store.create(folder / "to.lib", MODEL) as store:
+        yield store
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_no_change_of_bytes_ends_in_anything_but_a_sentence(copied, data):
-    exported, store = copied
+def test_no_change_of_bytes_ends_in_anything_but_a_sentence(exported, target, data):
     name = data.draw(st.sampled_from([ITEMS, IMAGES, "manifest.json"]))
     with scratch() as folder:
         out = shutil.copytree(exported, folder / "out")
@@ -662,14 +685,14 @@ def test_no_change_of_bytes_ends_in_anything_but_a_sentence(copied, data):
         for _ in range(data.draw(st.integers(1, 3))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         (out / name).write_bytes(content)
-        before = contents(store)
+        before = contents(target)
         try:
             if name != "manifest.json":
                 resign(out)
-            import_folder(store, out)
+            import_folder(target, out)
         except (RetrieverError, WrongModelError):
-            assert contents(store) == before
-        assert store.verify() == []
+            assert contents(target) == before
+        assert target.verify() == []
 
 
 def test_rows_of_another_width_and_order_that_numpy_may_save_are_read(store, fresh, folder):
