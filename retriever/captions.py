@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ from retriever.errors import CaptionError
 
 FILE_COLUMNS = ("file", "image", "filename", "file_name", "image_name", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "comment")
+SIDECAR_SUFFIXES = (".txt", ".caption")
+
+_NAMES = ("captions.jsonl", "captions.json", "captions.csv", "captions.tsv")
+_PATTERNS = ("*.token.txt", "*.token", "captions_*.json", "annotations/captions_*.json")
+_UNSURE = ("captions.txt", "results.csv")  # the first line must fit as well
 
 # Some 15,000 words, far beyond any model's window: more is a document, not a caption.
 MAX_CAPTION_CHARS = 100_000
@@ -88,15 +94,24 @@ def clean_caption(text: str) -> str:
     return _BLANK.sub(" ", _SURROGATE.sub("\ufffd", text)).strip(" \ufeff")
 
 
+def may_be_captions(name: str) -> bool:
+    """Whether a file of this name may be a captions file or a sidecar."""
+    return name.lower().endswith(SIDECAR_SUFFIXES) or any(
+        fnmatchcase(name, pattern.rpartition("/")[2]) for pattern in (*_NAMES, *_PATTERNS, *_UNSURE)
+    )
+
+
 def find_caption_files(root: Path) -> list[Path]:
     """The captions files that `root` holds under their usual names, in a fixed order."""
-    names = ["captions.jsonl", "captions.json", "captions.csv", "captions.tsv"]
-    found = [root / name for name in names]
-    for pattern in ("*.token.txt", "*.token", "captions_*.json", "annotations/captions_*.json"):
+    found = [root / name for name in _NAMES]
+    for pattern in _PATTERNS:
         found += sorted(root.glob(pattern))
-    # Kaggle's names for Flickr8k and Flickr30k say little: the first line must fit as well.
-    unsure = root / "captions.txt", root / "results.csv"
-    found += [path for path in unsure if _is_file(path) and _begins_a_table(path)]
+    # Kaggle's names for Flickr8k and Flickr30k say little.
+    found += [
+        path
+        for path in (root / name for name in _UNSURE)
+        if _is_file(path) and _begins_a_table(path)
+    ]
     return [path for path in found if _is_file(path) and ".lemma." not in path.name]
 
 
