@@ -228,10 +228,15 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.dtype.itemsize == 2:
         return Image.fromarray((values >> 8).astype(np.uint8))
-    values = np.nan_to_num(values.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    # All in one array: of the largest picture that is read, each more would take 800 MB.
+    values = np.array(values, dtype=np.float32)
+    np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     if low < 0 or high > 65535:
-        values, top = values - low, high - low
+        values -= low
+        top = high - low
     else:
         top = next(top for top in (1.0, 255.0, 65535.0) if high <= top)
-    return Image.fromarray((values * (255 / max(top, 1e-30)) + 0.5).astype(np.uint8))
+    values *= 255 / max(top, 1e-30)
+    values += 0.5
+    return Image.fromarray(values.astype(np.uint8))

@@ -14,7 +14,6 @@ are checked before they are believed, and raw RGB bytes.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import math
 import os
@@ -42,12 +41,21 @@ SECONDS = 60.0
 MEMORY_BYTES = 4 << 30
 
 _START_SECONDS = 60.0  # for an interpreter on a cold, slow disk
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 2.0
 _WATCH_SECONDS = 0.25
 _PIPE_BYTES = 1 << 20  # most pictures pass in one go; what systems allow anyone
 _MAX_HEADER_BYTES = 64 << 20  # descriptions inside the picture, mostly none
 _REQUEST = struct.Struct("<II")  # target in pixels or 0, bytes of the path that follows
 _LENGTH = struct.Struct("<I")
+
+_ENVIRONMENT = {
+    # Or address space is set aside for each core, however little of it is used.
+    "MALLOC_ARENA_MAX": "2",
+    "OPENBLAS_NUM_THREADS": "1",
+    # Memory of one picture serves the next: to have it zeroed anew takes as long as small ones do.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+}
 
 # In a group of its own a child is not even reached by the Ctrl-C that comes while it starts.
 _APART: dict[str, Any] = {"process_group": 0}
@@ -135,18 +143,21 @@ class DecodeWorkers:
 
     def _is_ready(self, worker: _Worker) -> bool:
         """Whether there is a process to decode in; raises RetrieverError if only once there was."""
-        if not worker.is_running:
-            self._start_watching()
+        self._start_watching()
+        fault: Exception | None = None
+        for _ in range(2):  # what ended the first may have been meant for another
+            if worker.is_running or self._closed.is_set():
+                break
             try:
                 worker.start()
             except (OSError, _EndedError) as exc:
-                if self._any_started and not self._closed.is_set():
-                    raise RetrieverError(f"no process can be started to decode in: {exc}") from exc
-            else:
-                self._any_started = True
+                fault = exc
         if self._closed.is_set():
             worker.end()
             raise RuntimeError("these workers are closed")
+        if not worker.is_running and self._any_started:
+            raise RetrieverError(f"no process can be started to decode in: {fault}") from fault
+        self._any_started |= worker.is_running
         return worker.is_running
 
     def _start_watching(self) -> None:
@@ -200,8 +211,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # libtiff and others print what they think of a file
-            # Else address space is set aside for each core, however little of it is used.
-            env={**os.environ, "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **_ENVIRONMENT},
             **_APART,
         )
         with self._exchange(_START_SECONDS) as (_, answers):
@@ -220,7 +230,7 @@ class _Worker:
             found = _received(answers)
         if isinstance(found, Decoded):
             return found
-        reason = found or f"needs more memory than {self._memory_bytes >> 20:,} MB to be decoded"
+        reason = found or f"needs more memory than {self._memory_bytes >> 20:,} MB to decode"
         raise PictureError(f"{printable(path)}: {reason}")
 
     def kill_if_late(self) -> None:
@@ -247,14 +257,16 @@ class _Worker:
         self._set_deadline(time.monotonic() + seconds)
         try:
             yield _open(process.stdin), _open(process.stdout)
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as exc:
+        except BaseException as exc:
             is_late = self._is_late
-            reason = f"took longer than {self._seconds:g} s to be decoded"
-            raise _EndedError(reason if is_late else _fate(process), is_final=is_late) from exc
+            reason = f"took longer than {seconds:g} s to decode" if is_late else _fate(process)
+            self.end()  # half an answer may still be on its way
+            if not isinstance(exc, Exception):
+                raise
+            # An answer that is cut off, or that makes no sense: parsing it raises whatever it does.
+            raise _EndedError(reason, is_final=is_late) from exc
         finally:
             self._set_deadline(math.inf)
-            if sys.exception():
-                self.end()  # half an answer may still be on its way
 
     def _set_deadline(self, deadline: float) -> None:
         with self._lock:
@@ -282,10 +294,7 @@ def _fate(process: subprocess.Popen[bytes]) -> str:
 
 
 def _received(answers: IO[bytes]) -> Decoded | str | None:
-    """A picture, why it cannot be read, or None if memory was short.
-
-    Raises EOFError, ValueError, KeyError or TypeError if the answer is cut off or none of these.
-    """
+    """A picture, why it cannot be read, or None if memory was short."""
     header = _header(answers)
     if "reason" in header:
         reason = header["reason"]
@@ -336,11 +345,16 @@ def serve(seconds: float, memory_bytes: int) -> None:
     while request := requests.read(_REQUEST.size):
         target, length = _REQUEST.unpack(request)
         path = Path(os.fsdecode(requests.read(length)))
-        # The parent kills a process that is late. If the parent is gone, this does.
-        faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
+        # The parent kills a process that is late. If the parent is gone, the alarm does.
+        _alarm(seconds + _GRACE_SECONDS)
         header, pixels = _answer(path, target or None)
         _send(answers, header, pixels)
-        faulthandler.cancel_dump_traceback_later()
+        _alarm(0)
+
+
+def _alarm(seconds: float) -> None:
+    if sys.platform != "win32":
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def _bound_memory(memory_bytes: int) -> None:
