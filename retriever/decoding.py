@@ -1,5 +1,6 @@
 """Decoding of picture files by Pillow, safe against any bytes and in any thread."""
 
+import errno
 import functools
 import importlib.util
 import logging
@@ -95,9 +96,10 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[ImageFile.Image
         except Exception as exc:
             # Decoders meet damaged bytes with exceptions of a dozen types, and no list of them is
             # complete: whatever it was, this picture cannot be read, and only this one.
-            if isinstance(exc, OSError) and exc.errno is not None:
+            # An "invalid argument" is no fault of the disk: no file has the place that was sought.
+            if isinstance(exc, OSError) and exc.errno not in (None, errno.EINVAL):
                 raise PictureError(f"{name}: {exc.strerror}") from exc
-            reason = str(exc) or type(exc).__name__
+            reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
             raise PictureError(f"{name}: truncated or damaged ({reason})") from exc
 
 

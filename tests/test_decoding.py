@@ -316,6 +316,12 @@ def test_half_a_file_fails_in_every_format(tmp_path: Path, kind: str) -> None:
         read_image(saved(tmp_path / "a.jpg", content[: len(content) // 2]))
 
 
+def test_a_place_that_no_file_has_is_damage_and_no_fault_of_the_disk(tmp_path: Path) -> None:
+    content = encoded(PICTURE, "JPEG2000")[:12] + struct.pack(">I4sQ", 1, b"free", 2**63 - 1)
+    with pytest.raises(PictureError, match=r"a\.jp2: truncated or damaged \(Invalid argument\)"):
+        read_image(saved(tmp_path / "a.jp2", content))
+
+
 def test_the_pixel_limit_is_the_callers(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", encoded(PICTURE, "PNG"))
     assert read_image(path, max_pixels=48 * 32).width == 48
