@@ -42,7 +42,7 @@ _UNSURE = ("captions.txt", "results.csv")  # the first line must fit as well
 MAX_CAPTION_CHARS = 100_000
 # Far more than any list of captions for one picture; a log file beside a picture is no sidecar.
 MAX_SIDECAR_BYTES = 1_000_000
-# COCO's largest file has 150 MB. A JSON file takes up to ten times its size in memory.
+# COCO's largest file has 150 MB. Reading one takes about seven times its size in memory.
 MAX_FILE_BYTES = 500_000_000
 # Characters of a picture's path: what Linux allows, and more than any other system does.
 MAX_NAME_CHARS = 4096

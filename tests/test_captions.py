@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ToyEncoder, paint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from retriever.captions import (
     read_sidecar,
 )
 from retriever.errors import CaptionError
+from retriever.library import Library
 
 one_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
@@ -437,3 +439,57 @@ def test_any_captions_survive_a_sidecar(tmp_path: Path, texts: list[str]) -> Non
     lines = [clean_caption(text) for text in texts]
     path = write(tmp_path, "a.txt", "\n".join(lines))
     assert read_sidecar(path) == [line for line in lines if line]
+
+
+def test_no_caption_file_can_harm_the_pictures_beside_it(
+    tmp_path: Path, toy_encoder: ToyEncoder
+) -> None:
+    folder = tmp_path / "pictures"
+    sidecars = {
+        "empty": b"",
+        "control": b"\a\x1b[2J\0",
+        "emoji": "🐕🦮".encode(),
+        "hebrew": "\u202eכלב אדום".encode(),
+        "nul": b"red\0square",
+        "utf16": "a dog".encode("utf-16"),
+        "latin": b"caf\xe9",
+        "mega": b"red " * 240_000,
+    }
+    for side, (name, content) in enumerate(sidecars.items(), 8):
+        paint(folder / f"{name}.png", "red", side=side)
+        write(folder, f"{name}.txt", content)
+    paint(folder / "many.png", "blue")
+    write(folder, "captions.json", json.dumps({"many.png": [f"blue {n}" for n in range(2000)]}))
+    names = [
+        {"file": name, "caption": "red"} for name in ("\ud800", "\udcff\0\n", "a" * 9000, "..")
+    ]
+    write(folder, "captions.jsonl", "\n".join(map(json.dumps, names)))
+    write(folder, "captions.csv", b'"file,caption"\n')
+
+    with Library.create(tmp_path / "photos.lib", toy_encoder) as library:
+        report = library.index(folder)
+        assert (report.added, report.failed) == (9, ())
+        found = {hit.path.stem: hit.caption for hit in library.search("red", k=20)}
+        assert found == {
+            "empty": None,
+            "control": "[2J",
+            "emoji": "🐕🦮",
+            "hebrew": "\u202eכלב אדום",
+            "nul": "red square",
+            "utf16": None,
+            "latin": None,
+            "mega": None,
+            "many": "blue 0",
+        }
+        assert library.info()["captions"] == 4 + 2000
+        assert library.verify() == []
+    refused = "\n".join(report.problems)
+    for words in (
+        "utf16.txt:1: UTF-16",
+        "latin.txt:1: not UTF-8",
+        "mega.txt:1: a caption of 959,999 characters",
+        "captions.jsonl:3: no file has a name of 9,000 characters",
+        "captions.csv: the first line names no picture column",
+    ):
+        assert words in refused
+    assert refused.encode()
