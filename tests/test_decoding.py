@@ -317,8 +317,9 @@ def test_half_a_file_fails_in_every_format(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_place_that_no_file_has_is_damage_and_no_fault_of_the_disk(tmp_path: Path) -> None:
-    content = encoded(PICTURE, "JPEG2000")[:12] + struct.pack(">I4sQ", 1, b"free", 2**63 - 1)
-    with pytest.raises(PictureError, match=r"a\.jp2: truncated or damaged \(Invalid argument\)"):
+    content = encoded(PICTURE, "JPEG2000")[:12] + struct.pack(">I4sQ", 1, b"free", 2**62)
+    # Some file systems let a program go there, and have nothing to read.
+    with pytest.raises(PictureError, match=r"a\.jp2: truncated or damaged"):
         read_image(saved(tmp_path / "a.jp2", content))
 
 
