@@ -71,7 +71,7 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
                 path / file.name, dim=model.dim, rows=file.rows, stamp=file.stamp
             )
         except IndexFileError as error:
-            found.append(f"{error}; rebuild makes it again")
+            found.append(f"{error}; `retriever repair` makes it again")
     after = file.change if file is not None else -1
     beside = _ids_after(rows, kind, after)
     missing = 0

@@ -55,6 +55,7 @@ from indexes.writer import Writer, check_embeddings
 
 if TYPE_CHECKING:
     from indexes.catalogue import Catalogue
+    from indexes.catalogue import Snapshot as Snapshot
     from indexes.vectors import VectorIndex
 
 __all__ = [
@@ -269,6 +270,12 @@ class Store:
         with self._catalogue.read() as rows:
             return rows.item_ids(root_id)
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """One state of the store, which what others write meanwhile does not change."""
+        with self._catalogue.read() as rows:
+            yield rows
+
     def roots(self) -> list[tuple[int, Path]]:
         """Ids and absolute paths of the roots, in the order they were added."""
         with self._catalogue.read() as rows:
@@ -366,6 +373,11 @@ class Store:
         for row, owner_id in enumerate(ids):
             vectors[row] = found[owner_id]
         return vectors
+
+    def embedded(self, kind: Kind, ids: Collection[int]) -> set[int]:
+        """Those of the ids that have an embedding of this model."""
+        with self._catalogue.read() as rows:
+            return set(rows.embeddings(kind, ids))
 
     def failures(self) -> list[ItemRow]:
         """Items that failed, with their reasons."""

@@ -3,6 +3,7 @@
 RetrieverError
 ├── PictureError      a picture that cannot be read: missing, truncated, too large, not a picture
 ├── CaptionError      a captions file that cannot be read
+├── FolderGoneError   an indexed folder is away or empty, as when its drive is not mounted
 ├── EncoderError      a model that cannot be found, downloaded or loaded
 ├── MissingExtraError a command needs an optional part of the installation
 └── UsageError        arguments that contradict each other or name nothing (exit status 2)
@@ -21,6 +22,10 @@ class PictureError(RetrieverError):
 
 class CaptionError(RetrieverError):
     """A captions file cannot be read; the text names the file, and the line where there is one."""
+
+
+class FolderGoneError(RetrieverError):
+    """Pictures are known in a folder that is not there or holds none; nothing was removed."""
 
 
 class EncoderError(RetrieverError):

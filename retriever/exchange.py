@@ -33,7 +33,6 @@ from retriever.portable import (
     clear_partial,
     read_manifest,
     records_of,
-    snapshot,
     unit_rows,
     write_files,
 )
@@ -89,7 +88,7 @@ def export_store(store: Store, dest: Path, *, progress: Progress | None = None) 
         clear_partial(part)
         part.mkdir(parents=True)
         try:
-            with snapshot(store) as rows:
+            with store.snapshot() as rows:
                 report = write_files(store, rows, part, progress)
             sync(part)
             part.rename(dest)
@@ -154,7 +153,7 @@ def merge_store(store: Store, other: Store, *, progress: Progress | None = None)
     if store.path.samefile(other.path):
         raise UsageError(f"{printable(other.path)} is the library itself")
     check_model(store, other.model.name, other.model.dim, other.model.fingerprint, other.path)
-    with snapshot(other) as rows:
+    with other.snapshot() as rows:
         ids = rows.item_ids()
         batches = (records_of(rows, some) for some in batched(ids, BATCH_SIZE))
         roots = [info.path for info in rows.root_infos() if info.items]

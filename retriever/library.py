@@ -14,26 +14,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from indexes.errors import WrongModelError
 from indexes.records import ModelSpec
-from retriever.errors import UsageError
+from retriever.errors import FolderGoneError, UsageError
 from retriever.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from indexes.records import StoreInfo
+    from indexes.records import RootInfo, StoredModel, StoreInfo
     from indexes.store import Store
     from retriever.encoders import Encoder
+    from retriever.exchange import ExportReport, ImportReport
     from retriever.ingest import Failure, IndexReport, Progress
     from retriever.search import CaptionHit, Hit, Query, Searcher
 
 DEFAULT_K = 10
+SHORTEST_FINGERPRINT = 6  # digits that may stand for a model
 
 
 class Library:
@@ -43,11 +46,14 @@ class Library:
     writes at a time, any number reads.
     """
 
-    def __init__(self, store: Store, encoder: Encoder | None, device: str) -> None:
+    def __init__(
+        self, store: Store, encoder: Encoder | None, device: str, threads: int | None
+    ) -> None:
         """Used by `create` and `open`."""
         self._store = store
         self._encoder = encoder
         self._device = device
+        self._threads = threads
         self._guard = threading.Lock()
 
     @classmethod
@@ -57,14 +63,16 @@ class Library:
         encoder: str | Encoder = DEFAULT_MODEL,
         *,
         device: str = "auto",
+        threads: int | None = None,
     ) -> Library:
         """A new, empty library in the folder `path`, made if absent.
 
         Args:
             path: a folder of its own.
-            encoder: what `retriever.encoders.load_encoder` takes, or an encoder. The library
-                belongs to it from then on: embeddings of two encoders cannot be compared.
+            encoder: what `retriever.encoders.load_encoder` takes, or an encoder. It becomes the
+                library's default model; others may be added by `open`.
             device: where a named encoder runs: "auto", "cpu", "cuda" or "mps".
+            threads: CPU threads of a named encoder; None leaves it to the engine.
 
         Raises:
             StoreExistsError: the folder is a library already, or holds other files.
@@ -72,8 +80,8 @@ class Library:
         """
         from indexes.store import Store
 
-        loaded, model = _load(encoder, device)
-        return cls(Store.create(Path(path).expanduser(), model), loaded, device)
+        loaded, model = _load(encoder, device, threads)
+        return cls(Store.create(Path(path).expanduser(), model), loaded, device, threads)
 
     @classmethod
     def open(
@@ -81,25 +89,36 @@ class Library:
         path: str | Path,
         encoder: str | Encoder | None = None,
         *,
+        add_model: bool = False,
         device: str = "auto",
+        threads: int | None = None,
     ) -> Library:
-        """The library at `path`.
+        """The library at `path`, seen by one of its models.
 
         Args:
             path: its folder.
-            encoder: needed only if the library was made by an encoder that its name does not
-                bring back, such as one of yours or a folder that was moved since.
+            encoder: the model; None is the library's default one. An encoder, not a name, is
+                needed only if the name would not bring it back, such as one of yours.
+            add_model: take up a model that the library does not have, beside its others; `index`
+                then embeds the pictures with it.
             device: where a named encoder runs: "auto", "cpu", "cuda" or "mps".
+            threads: CPU threads of a named encoder; None leaves it to the engine.
 
         Raises:
             StoreNotFoundError, StoreDamagedError, StoreTooNewError: there is no library to open.
-            WrongModelError: `encoder` is not the one that made the library. Without `encoder` the
-                same is raised when it is first needed, if its files are others now.
+            WrongModelError: the library does not have this model. For a model given by its name
+                the same is raised when it is first needed, if its files are others now.
         """
         from indexes.store import Store
 
-        loaded, model = _load(encoder, device) if encoder is not None else (None, None)
-        return cls(Store.open(Path(path).expanduser(), model), loaded, device)
+        path = Path(path).expanduser()
+        if isinstance(encoder, str) and not add_model:
+            with Store.open(path) as store:
+                named = [one.spec for one in store.models() if one.spec.name == _stored(encoder)]
+            if named:  # the latest of them; it is loaded when it is needed
+                return cls(Store.open(path, named[-1]), None, device, threads)
+        loaded, model = _load(encoder, device, threads) if encoder is not None else (None, None)
+        return cls(Store.open(path, model, add_model=add_model), loaded, device, threads)
 
     def __enter__(self) -> Self:
         return self
@@ -132,12 +151,14 @@ class Library:
         with self._guard:
             if self._encoder is None:
                 made_by = self._store.model
-                loaded, model = _load(made_by.name, self._device)
+                loaded, model = _load(made_by.name, self._device, self._threads)
                 if model.fingerprint != made_by.fingerprint:
                     raise WrongModelError(
                         f"{self.path} was made by another version of {made_by.name}"
-                        f" ({made_by.fingerprint[:12]}, now {model.fingerprint[:12]}): open it with"
-                        " that version, or make a new library and index the pictures again"
+                        f" ({made_by.fingerprint[:12]}, now {model.fingerprint[:12]}): use that"
+                        f" version; or `retriever index --model {made_by.name}` embeds its"
+                        f" pictures with this one as well, and `retriever models --use"
+                        f" {made_by.name}` changes over"
                     )
                 self._encoder = loaded
             return self._encoder
@@ -151,34 +172,61 @@ class Library:
 
     def index(
         self,
-        folder: str | Path,
-        *,
+        *folders: str | Path,
         captions: str | Path | None = None,
+        prune: bool = False,
         progress: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> IndexReport:
-        """Brings the library up to date with a folder; see `retriever.ingest.index_folder`.
+        """Brings the library up to date with its folders; see `retriever.ingest.index_folder`.
 
         Args:
-            folder: searched recursively; a picture that cannot be read is named in the report
-                and harms no other.
-            captions: a captions file, read instead of those in the folder.
-            progress: called with (done, total) of the pictures that need work.
+            folders: searched recursively; a picture that cannot be read is named in the report
+                and harms no other. None given: all that were indexed before. One of several that
+                is away, as when its drive is not mounted, is named in the report's `problems`.
+            captions: a captions file, read instead of those in the folders.
+            prune: forget the pictures of a folder that is away or empty.
+            progress: called with (done, total) of the pictures of a folder that need work.
+            stop: asked before each batch; once it is true the rest is left for another run.
 
         Raises:
-            UsageError: there is no such folder.
-            RetrieverError: the folder is empty although pictures in it are known; nothing is
-                removed.
+            UsageError: there is no such folder, or no folder was indexed before.
+            FolderGoneError: the one folder named is away or empty although pictures in it are
+                known; nothing is removed.
             StoreLockedError: another process is writing.
         """
-        from retriever.ingest import index_folder
+        from retriever.ingest import IndexReport, index_folder
 
-        return index_folder(
-            self._store,
-            lambda: self.encoder,
-            Path(folder),
-            captions=Path(captions).expanduser() if captions is not None else None,
-            progress=progress,
-        )
+        places = [Path(folder) for folder in folders] or [path for _, path in self._store.roots()]
+        if not places:
+            raise UsageError(f"{self.path} has no folders yet: name one to index")
+        total = IndexReport()
+        for place in places:
+            try:
+                report = index_folder(
+                    self._store,
+                    lambda: self.encoder,
+                    place,
+                    captions=Path(captions).expanduser() if captions is not None else None,
+                    progress=progress,
+                    prune=prune,
+                    stop=stop,
+                )
+            except FolderGoneError as gone:
+                if len(folders) == 1:
+                    raise
+                report = IndexReport(problems=(str(gone),))
+            total = IndexReport(
+                **{
+                    part.name: getattr(total, part.name) + getattr(report, part.name)
+                    for part in fields(IndexReport)
+                    if part.name != "interrupted"
+                },
+                interrupted=report.interrupted,
+            )
+            if total.interrupted:
+                break
+        return total
 
     def search(
         self,
@@ -253,27 +301,244 @@ class Library:
 
         return [Failure(item.path, item.reason or "") for item in self._store.failures()]
 
-    def verify(self) -> list[str]:
-        """What a full check of the library's files finds wrong, one sentence each."""
-        return self._store.verify()
+    def roots(self) -> list[RootInfo]:
+        """The folders that were indexed, or that are to be."""
+        return self._store.root_infos()
+
+    def add_root(self, folder: str | Path) -> None:
+        """Has `index()` without a folder look at this one too.
+
+        Raises UsageError if it is none, or lies inside or around a folder of the library.
+        """
+        place = Path(folder).expanduser().resolve()
+        if not place.is_dir():
+            raise UsageError(f"{place} is no folder")
+        with self._store.writer() as writer:
+            self._refuse_overlap(place, [path for _, path in self._store.roots()])
+            writer.add_root(place)
+
+    def forget_root(self, folder: str | Path) -> int:
+        """Forgets a folder with all its pictures and says how many; no file is deleted.
+
+        Raises UsageError if it is not one of `roots`.
+        """
+        with self._store.writer() as writer:
+            removed = writer.forget_root(self._root_ids(folder)[0])
+            writer.finish()
+        return removed
+
+    def relocate(self, old: str | Path, new: str | Path) -> int:
+        """Has the pictures of one or more folders looked for elsewhere; none is encoded again.
+
+        Args:
+            old: a folder of the library, or one around several of them, such as a mount point.
+            new: where that is now.
+
+        Returns:
+            Pictures that are known under `new` from now on.
+
+        Raises:
+            UsageError: `old` is no such folder, `new` overlaps with another folder of the library,
+                or none of the known pictures is there.
+        """
+        before, after = _plain(old), Path(new).expanduser().resolve()
+        with self._store.writer() as writer, writer.together():
+            roots = self._store.roots()
+            moving = {
+                root_id: after / path.relative_to(before)
+                for root_id, path in roots
+                if path.is_relative_to(before)
+            }
+            if not moving:
+                raise UsageError(
+                    f"no folder of the library is {before} or in it: `retriever roots` lists them"
+                )
+            others = [path for root_id, path in roots if root_id not in moving]
+            count = 0
+            is_there = False
+            for root_id, path in moving.items():
+                self._refuse_overlap(path, others)
+                files = self._store.known_files(root_id)
+                is_there |= not files or any((path / file).exists() for file in files)
+                count += len(files)
+                writer.relocate_root(root_id, path)
+            if not is_there:
+                raise UsageError(f"none of the {count:,} known pictures is in {after}")
+        return count
+
+    def _root_ids(self, folder: str | Path) -> list[int]:
+        places = {_plain(folder), Path(folder).expanduser().resolve()}
+        found = [root_id for root_id, path in self._store.roots() if path in places]
+        if not found:
+            raise UsageError(f"{folder} is no folder of the library: `retriever roots` lists them")
+        return found
+
+    def _refuse_overlap(self, place: Path, roots: Iterable[Path]) -> None:
+        for root in roots:
+            if place.is_relative_to(root) or root.is_relative_to(place):
+                raise UsageError(f"{place} overlaps with {root}, which is in the library")
+
+    def models(self) -> list[StoredModel]:
+        """The models whose embeddings the library holds, the default first."""
+        return self._store.models()
+
+    def use_model(self, name: str) -> StoredModel:
+        """Makes a model of the library its default; the others keep their embeddings.
+
+        Args:
+            name: the model's name, or the first digits of its fingerprint.
+
+        Raises UsageError if the library does not have it.
+        """
+        with self._store.writer() as writer:
+            chosen = self._models_named(name)[-1]
+            writer.set_default_model(chosen.spec.fingerprint)
+        return chosen
+
+    def drop_model(self, name: str) -> list[StoredModel]:
+        """Forgets all that a model embedded, of each version of it except the default one.
+
+        Pictures that only this model had seen are read again by the next `index`.
+
+        Args:
+            name: the model's name, or the first digits of its fingerprint.
+
+        Raises UsageError if the library does not have it, or it is the default.
+        """
+        with self._store.writer() as writer:
+            dropped = [one for one in self._models_named(name) if not one.is_default]
+            if not dropped:
+                raise UsageError(
+                    f"{name} is the default model of {self.path}: make another one the default"
+                    " first (`retriever models --use NAME`)"
+                )
+            for one in dropped:
+                writer.drop_model(one.spec.fingerprint)
+            writer.finish()
+        return dropped
+
+    def _models_named(self, name: str) -> list[StoredModel]:
+        models = self._store.models()
+        found = [one for one in models if one.spec.name in (name, _stored(name))]
+        if not found and len(name) >= SHORTEST_FINGERPRINT:
+            found = [one for one in models if one.spec.fingerprint.startswith(name)]
+        if not found:
+            known = ", ".join(one.spec.name for one in models)
+            raise UsageError(f"{self.path} has no embeddings of {name}; it has those of {known}")
+        return found
+
+    def verify(self, *, sample: int = 16, notes: list[str] | None = None) -> list[str]:
+        """What a full check finds wrong, one sentence each.
+
+        Checks the library's files (see `indexes.care.verify`), that the pictures are still there,
+        and that some of them, and of the captions, are still embedded as they were.
+
+        Args:
+            sample: pictures and captions to encode again; 0 needs no model.
+            notes: what could not be checked is added to it.
+        """
+        from retriever.checks import changed_embeddings, missing_pictures
+
+        notes = [] if notes is None else notes
+        problems = self._store.verify()
+        problems += missing_pictures(self._store, notes)
+        if sample:
+            problems += changed_embeddings(self._store, lambda: self.encoder, sample, notes)
+        return problems
+
+    @staticmethod
+    def repair(path: str | Path) -> list[str]:
+        """Mends the library at `path` as far as can be, and says what was done; empty: nothing.
+
+        See `indexes.care.repair`, which a library that cannot be opened needs too.
+        """
+        from indexes.care import repair
+
+        return repair(Path(path).expanduser())
+
+    def compact(self) -> tuple[int, int]:
+        """Gives the space of what was removed back to the disk; bytes before and after."""
+        return self._store.compact()
+
+    def backup(self, destination: str | Path) -> None:
+        """Copies the library, as it is at one moment, while others read and write it.
+
+        Raises StoreExistsError if something is at `destination`.
+        """
+        self._store.backup(Path(destination).expanduser())
+
+    def export(self, destination: str | Path, *, progress: Progress | None = None) -> ExportReport:
+        """Writes the library to a new folder, for any program; see `retriever.exchange`."""
+        from retriever.exchange import export_store
+
+        return export_store(self._store, Path(destination).expanduser(), progress=progress)
+
+    def import_(
+        self,
+        source: str | Path,
+        *,
+        pictures: str | Path | None = None,
+        progress: Progress | None = None,
+    ) -> ImportReport:
+        """Takes in an export, or embeddings in clip-retrieval's layout.
+
+        Args:
+            source: the folder.
+            pictures: for clip-retrieval, where its relative paths begin.
+            progress: called with (done, total) of the pictures.
+
+        Raises as `retriever.exchange.import_folder` and `import_clip_retrieval` do.
+        """
+        from retriever.exchange import import_clip_retrieval, import_folder
+
+        folder = Path(source).expanduser()
+        if (folder / "manifest.json").is_file():
+            return import_folder(self._store, folder, progress=progress)
+        return import_clip_retrieval(
+            self._store,
+            folder,
+            encoder=self.encoder,
+            root=Path(pictures).expanduser() if pictures is not None else None,
+            progress=progress,
+        )
+
+    def merge(self, other: str | Path, *, progress: Progress | None = None) -> ImportReport:
+        """Takes in what another library holds, by the model that this one was opened with.
+
+        Raises as `retriever.exchange.merge_store` does, and WrongModelError.
+        """
+        from indexes.store import Store
+        from retriever.exchange import merge_store
+
+        place = Path(other).expanduser()
+        with Store.open(place, self._store.model, read_only=True) as theirs:
+            return merge_store(self._store, theirs, progress=progress)
 
     def rebuild(self) -> None:
         """Makes the FAISS files anew from the catalogue; no picture is read again."""
         self._store.rebuild()
 
 
-def _load(encoder: str | Encoder, device: str) -> tuple[Encoder, ModelSpec]:
+def _load(encoder: str | Encoder, device: str, threads: int | None) -> tuple[Encoder, ModelSpec]:
     """An encoder, and the name under which a library finds it again."""
     if not isinstance(encoder, str):
         return encoder, ModelSpec(encoder.name, encoder.dim, encoder.fingerprint)
     from retriever.encoders import load_encoder
 
-    loaded = load_encoder(encoder, device=device)
-    folder = Path(encoder).expanduser()
+    loaded = load_encoder(encoder, device=device, threads=threads)
+    return loaded, ModelSpec(_stored(encoder), loaded.dim, loaded.fingerprint)
+
+
+def _stored(name: str) -> str:
+    """A model's name as the library keeps it."""
+    folder = Path(name).expanduser()
     # A model in a folder must be found from whichever directory the library is opened in.
-    is_local = encoder != DEFAULT_MODEL and folder.exists()
-    name = str(folder.resolve()) if is_local else encoder
-    return loaded, ModelSpec(name, loaded.dim, loaded.fingerprint)
+    is_local = name != DEFAULT_MODEL and folder.exists()
+    return str(folder.resolve()) if is_local else name
+
+
+def _plain(path: str | Path) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 (links stay as they are)
 
 
 def _query(
@@ -296,7 +561,7 @@ def _query(
 
 def _ids_at(path: Path, item_at: Mapping[str, int]) -> set[int]:
     """Items at a path or in the folder of that name, by path with and without links followed."""
-    absolute = Path(os.path.abspath(path))  # noqa: PTH100 (`resolve` would follow links)
+    absolute = _plain(path)
     for place in (absolute, absolute.parent.resolve() / absolute.name, absolute.resolve()):
         if str(place) in item_at:
             return {item_at[str(place)]}

@@ -28,7 +28,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
@@ -46,7 +46,7 @@ from retriever.captions import printable
 from retriever.errors import RetrieverError, UsageError
 
 if TYPE_CHECKING:
-    from indexes.store import Store
+    from indexes.store import Snapshot, Store
 
 Rows = NDArray[Any]  # (n, d) of any float type
 Progress = Callable[[int, int], None]
@@ -100,12 +100,7 @@ class Record:
 # ── Out of a store ───────────────────────────────────────────────────────────────────────────────
 
 
-def snapshot(store: Store) -> AbstractContextManager[Any]:
-    """One state of the store, which what others write meanwhile does not change."""
-    return store._catalogue.read()
-
-
-def records_of(rows: Any, ids: Sequence[int]) -> list[Record]:
+def records_of(rows: Snapshot, ids: Sequence[int]) -> list[Record]:
     """The items of these ids, ascending, with the embeddings of the store's model."""
     items = rows.items(ids)
     caption_ids = rows.caption_ids(items)
@@ -170,7 +165,9 @@ class _Sink:
         self.described = {"size_bytes": size, "sha256": self._digest.hexdigest()}
 
 
-def write_files(store: Store, rows: Any, folder: Path, progress: Progress | None) -> dict[str, int]:
+def write_files(
+    store: Store, rows: Snapshot, folder: Path, progress: Progress | None
+) -> dict[str, int]:
     """Writes the files of an export, and returns the fields of its report."""
     report = progress or (lambda done, total: None)
     ids = rows.item_ids()

@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_models import write_checkpoint
 
 import cli
+from retriever import terminal
 
 COMMANDS = sorted(cli.main.commands)
 # What `--help` may not load: each of these costs more than click itself.
@@ -123,7 +124,7 @@ def test_wrong_usage_that_the_library_finds_exits_with_2(library: Path, pictures
 
 
 def test_missing_library_is_one_sentence_with_the_way_out(tmp_path: Path) -> None:
-    for args in (["search", "cat"], ["info"], ["verify"], ["rebuild"], ["remove", "x.jpg"]):
+    for args in (["search", "cat"], ["info"], ["verify"], ["repair"], ["remove", "x.jpg"]):
         result = run(*args, "--library", tmp_path / "none.lib")
         assert result.exit_code == 1
         assert result.stderr.count("\n") == 1
@@ -141,14 +142,31 @@ def test_unknown_model_is_one_sentence_and_leaves_no_library(
     assert not path.exists()
 
 
-def test_library_keeps_its_model(pictures: Path, library: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
+def test_a_second_model_lives_beside_the_first_until_it_is_dropped(
+    pictures: Path, tmp_path: Path
+) -> None:
+    library, other = tmp_path / "two.lib", tmp_path / "other"
     checkpoint = write_checkpoint(tmp_path / "tiny.ckpt")
     prepared = run("models", "prepare", checkpoint, "-o", other)
     assert f"to use it: --model {other}" in prepared.stdout
-    result = run("index", pictures, "--model", other, library=library)
-    assert result.exit_code == 1
-    assert "mini" in result.stderr
+    run("index", pictures, library=library)
+    refused = run("search", "red", "--model", other, library=library)
+    assert refused.exit_code == 1
+    assert "was made with mini" in refused.stderr
+    assert "4 updated" in run("index", "--model", other, library=library).stdout
+    mini = run("search", "red", "--json", library=library).stdout
+    theirs = run("search", "red", "--model", other, "--json", library=library).stdout
+    assert mini != theirs != ""
+    assert f"Beside    {other}" in run("info", library=library).stdout
+    refused = run("models", "--drop", "mini", library=library)
+    assert refused.exit_code == 2
+    assert "default model" in refused.stderr
+    assert "is the default model" in run("models", "--use", other, library=library).stdout
+    assert run("search", "red", "--json", library=library).stdout == theirs
+    assert run("search", "red", "--model", "mini", "--json", library=library).stdout == mini
+    assert "7 embeddings of mini" in run("models", "--drop", "mini", library=library).stdout
+    assert run("search", "red", "--model", "mini", library=library).exit_code == 1
+    assert run("verify", library=library).exit_code == 0
 
 
 # ── index ────────────────────────────────────────────────────────────────────────────────────────
@@ -179,6 +197,7 @@ def test_index_as_json(pictures: Path, tmp_path: Path) -> None:
         "unchanged": 0,
         "failed": [],
         "problems": [],
+        "interrupted": False,
         "library": str(tmp_path / "new.lib"),
     }
 
@@ -404,7 +423,7 @@ def test_index_and_queries_with_mini_import_neither_torch_nor_open_clip(
 def test_info_as_json_has_the_documented_fields(library: Path) -> None:
     (facts,) = lines(run("info", "--json", library=library))
     assert set(facts) == {
-        *("items", "captions", "failures", "model"),
+        *("items", "captions", "failures", "model", "models"),
         *("generation", "index", "size_bytes"),
     }
     assert (facts["items"], facts["captions"], facts["failures"]) == (4, 3, 0)
@@ -414,18 +433,20 @@ def test_info_as_json_has_the_documented_fields(library: Path) -> None:
     assert "Captions  3" in shown
 
 
-def test_verify_finds_a_torn_index_and_rebuild_mends_it(pictures: Path, tmp_path: Path) -> None:
+def test_verify_finds_a_torn_index_and_repair_mends_it(pictures: Path, tmp_path: Path) -> None:
     path = tmp_path / "new.lib"
     assert run("index", pictures, library=path).exit_code == 0
     assert run("verify", library=path).exit_code == 0
-    assert lines(run("verify", "--json", library=path)) == [{"clean": True, "problems": []}]
+    assert lines(run("verify", "--json", library=path)) == [
+        {"clean": True, "problems": [], "notes": []}
+    ]
     for file in path.glob("*.faiss"):
         file.write_bytes(file.read_bytes()[:-7])
     result = run("verify", library=path)
     assert result.exit_code == 1
     assert result.stdout
-    assert "retriever rebuild" in result.stderr
-    assert run("rebuild", library=path).exit_code == 0
+    assert "retriever repair" in result.stderr
+    assert "made anew" in run("repair", library=path).stdout
     assert run("verify", library=path).exit_code == 0
 
 
@@ -567,7 +588,7 @@ def test_nothing_is_drawn_unless_stderr_is_a_terminal(pictures: Path, tmp_path: 
 
 def test_bar_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    bar = cli._Progress("Indexing", "pictures")
+    bar = terminal.Progress("Indexing", "pictures")
     bar(0, 400)
     assert bar.line(0) == "Indexing [--------------------] 0 of 400 pictures"
     bar(100, 400)
@@ -578,7 +599,7 @@ def test_bar_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bar_starts_anew_with_every_epoch() -> None:
-    bar = cli._Progress("Training", "steps")
+    bar = terminal.Progress("Training", "steps")
     bar(7, 7)
     bar(1, 7)
     bar(3, 7)
@@ -590,4 +611,4 @@ def test_bar_starts_anew_with_every_epoch() -> None:
     [(0.2, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"), (7325, "2 h 2 min")],
 )
 def test_durations_read_well(seconds: float, shown: str) -> None:
-    assert cli._duration(seconds) == shown
+    assert terminal.duration(seconds) == shown

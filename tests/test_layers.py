@@ -15,10 +15,16 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the lines below its own, never from its own line or from above.
 LAYERS = [
     {"cli", "benchmarks"},
+    {"retriever.upkeep"},
+    {"retriever.terminal"},
     {"retriever.demo", "retriever.watch"},
     {"retriever.library", "retriever.training", "retriever.evaluation", "retriever.export"},
     {"retriever.exchange"},
-    {"retriever.ingest", "retriever.search", "retriever.samples"},
+    {"retriever.clip_retrieval"},
+    {
+        *("retriever.checks", "retriever.ingest", "retriever.portable"),
+        *("retriever.search", "retriever.samples"),
+    },
     {"retriever.encoders", "retriever.openclip"},
     {"retriever.workers"},
     {"retriever.checkpoints", "retriever.data", "retriever.models"},
@@ -57,7 +63,9 @@ HOMES = {
     "sqlalchemy": {"indexes.catalogue"},
     "onnxruntime": {"retriever.encoders"},
     "open_clip": {"retriever.openclip"},
-    "click": {"cli"},
+    "pyarrow": {"retriever.clip_retrieval"},
+    "watchfiles": {"retriever.watch"},
+    "click": {"cli", "retriever.terminal", "retriever.upkeep"},
 }
 
 

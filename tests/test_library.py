@@ -61,7 +61,7 @@ def test_a_changed_model_of_the_same_name_is_refused_when_first_needed(
 ) -> None:
     library.close()
     changed = ToyEncoder(fingerprint="toy-2")
-    monkeypatch.setattr("retriever.encoders.load_encoder", lambda name, device: changed)
+    monkeypatch.setattr("retriever.encoders.load_encoder", lambda name, device, threads: changed)
     with Library.open(library.path) as reopened:
         assert reopened.info()["items"] == 5
         with pytest.raises(WrongModelError, match="another version of toy"):
@@ -149,7 +149,7 @@ def test_a_model_in_a_folder_is_found_from_any_directory(
 ) -> None:
     asked: list[str] = []
 
-    def load(name: str, device: str) -> ToyEncoder:
+    def load(name: str, device: str, threads: int | None) -> ToyEncoder:
         asked.append(name)
         return toy_encoder
 

@@ -548,7 +548,7 @@ def test_a_spoilt_faiss_file_changes_no_answer_and_is_mended(folder, store, dama
             faiss_file(other).replace(file)
     left = sorted(store.path.glob("*.faiss*"))
     with Store.open(store.path, read_only=read_only) as again:
-        assert any("rebuild makes it again" in problem for problem in again.verify())
+        assert any("`retriever repair` makes it again" in problem for problem in again.verify())
         assert answers(again) == expected
         assert answers(again) == expected
         if read_only:
@@ -791,7 +791,7 @@ def test_files_left_by_a_killed_writer_are_not_used_and_are_swept(store):
         ("UPDATE items SET status = 'failed' WHERE id = 3", "item 3 .* failed, yet with an emb"),
         ("UPDATE items SET status = 'failed' WHERE id = 3", "failed, yet with an embedded caption"),
         ("UPDATE store_info SET generation = 0", "of a later generation than the catalogue"),
-        ("UPDATE index_files SET checksum = 'x'", "image-.* has checksum .*, not x; rebuild"),
+        ("UPDATE index_files SET checksum = 'x'", "has checksum .*, not x; `retriever repair`"),
     ],
 )
 def test_verify_names_the_problem(store, statement, words):

@@ -1,0 +1,260 @@
+"""What all commands share: options, errors as sentences, Ctrl-C, the progress bar, JSON."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from indexes.errors import StoreError, StoreNotFoundError
+from retriever.errors import RetrieverError, UsageError
+from retriever.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from retriever.ingest import IndexReport
+    from retriever.library import Library
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+SOME_FILES_FAILED = 3
+Command = Callable[..., None]
+
+
+class WrongUsage(click.ClickException):
+    """A sentence on stderr and exit status 2, as click's own usage errors have."""
+
+    exit_code = 2
+
+
+class Commands(click.Group):
+    """A group that turns our errors into sentences, and Ctrl-C into what was kept."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; see `click.Group.invoke`."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as exc:
+            raise WrongUsage(str(exc)) from exc
+        except StoreNotFoundError as exc:
+            raise click.ClickException(f"{exc}: make it with `retriever index FOLDER`") from exc
+        except (RetrieverError, StoreError) as exc:
+            raise click.ClickException(str(exc)) from exc
+        except BrokenPipeError:
+            raise  # the reader, such as `head`, has had enough; click ends quietly
+        except OSError as exc:
+            if exc.filename is None:
+                raise
+            raise click.ClickException(f"{exc.filename}: {exc.strerror}") from exc
+        except KeyboardInterrupt:
+            # Every writer commits as it goes, so there is nothing to clean up here.
+            click.echo(f"\nInterrupted. {ctx.meta.get('kept', 'Nothing was changed.')}", err=True)
+            ctx.exit(128 + signal.SIGINT)
+
+
+def if_interrupted(kept: str) -> None:
+    """Sets what Ctrl-C says from here on."""
+    click.get_current_context().meta["kept"] = kept
+
+
+class Progress:
+    """A bar with rate and time left on stderr, if that is a terminal; called with (done, total)."""
+
+    def __init__(self, doing: str, unit: str) -> None:
+        self.doing = doing
+        self.unit = unit
+        self.stream = sys.stderr
+        self.is_shown = self.stream.isatty()
+        self.started = self.drawn = 0.0
+        self.first = self.last = self.total = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        """Draws how far it is, unless it was drawn just now."""
+        now = time.monotonic()
+        if total != self.total or done < self.last:  # an epoch may follow another
+            self.started, self.first, self.total = now, done, total
+        self.last = done
+        if not self.is_shown or (done < total and now - self.drawn < 0.1):
+            return
+        self.drawn = now
+        self.stream.write(f"\r\x1b[K{self.line(now - self.started)}")
+        self.stream.flush()
+
+    def line(self, seconds: float) -> str:
+        """The bar as text that fits the terminal."""
+        filled = 20 * self.last // max(self.total, 1)
+        bar = "#" * filled + "-" * (20 - filled)
+        text = f"{self.doing} [{bar}] {self.last:,} of {self.total:,} {self.unit}"
+        if self.last > self.first and seconds > 0:
+            rate = (self.last - self.first) / seconds
+            left = duration((self.total - self.last) / rate)
+            text += f", {rate:.3g}/s, {left} left"
+        return text[: shutil.get_terminal_size().columns - 1]
+
+    def clear(self) -> None:
+        """Takes the bar away before something else is printed."""
+        if self.is_shown:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "3 s", "2 min 5 s", "1 h 2 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """One object on a line of stdout."""
+    # ASCII only, so that names that are no UTF-8 pass any pipe and come back as they were.
+    click.echo(json.dumps(record))
+
+
+def warn(sentence: str) -> None:
+    """A sentence on stderr."""
+    click.echo(f"Warning: {sentence}", err=True)
+
+
+def shown(path: str | Path) -> str:
+    """A path for people: bytes that are no text become question marks."""
+    from retriever.captions import printable
+
+    return printable(path)
+
+
+def _default_library() -> str:
+    import platformdirs
+
+    return str(platformdirs.user_data_path("retriever", appauthor=False) / "default.lib")
+
+
+def library_option(command: Command) -> Command:
+    """`--library`, as `library_path`."""
+    return click.option(
+        "--library",
+        "library_path",
+        metavar="PATH",
+        type=click.Path(path_type=Path),
+        envvar="RETRIEVER_LIBRARY",
+        show_envvar=True,
+        default=_default_library,
+        show_default="default.lib in the user's data folder",
+        help="The library's folder.",
+    )(command)
+
+
+def encoder_options(command: Command) -> Command:
+    """`--device` and `--threads`."""
+    device = click.option(
+        "--device", type=click.Choice(DEVICES), default="auto", help="Where the encoder runs."
+    )
+    threads = click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        show_default="as many as the engine likes",
+        help="CPU threads of the encoder.",
+    )
+    return device(threads(command))
+
+
+def model_option(default: str | None, help: str, **more: Any) -> Callable[[Command], Command]:
+    """`--model`, whose meaning depends on the command."""
+    return click.option("--model", metavar="NAME", default=default, help=help, **more)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def open_library(
+    path: Path,
+    device: str = "auto",
+    threads: int | None = None,
+    model: str | None = None,
+    *,
+    add_model: bool = False,
+) -> "Library":
+    """The library at `path`, seen by `model`, one of its own or else added, or by its default."""
+    from retriever.library import Library
+
+    return Library.open(path, model, add_model=add_model, device=device, threads=threads)
+
+
+def open_or_create(path: Path, device: str, threads: int | None, model: str | None) -> "Library":
+    """The library at `path`, made if absent; a `model` that it does not have is added."""
+    from retriever.library import Library
+
+    try:
+        return open_library(path, device, threads, model, add_model=True)
+    except StoreNotFoundError:
+        return Library.create(path, model or DEFAULT_MODEL, device=device, threads=threads)
+
+
+@contextmanager
+def stopping(on_stop: Callable[[], None] = lambda: None) -> Iterator[Callable[[], int]]:
+    """Has Ctrl-C, and SIGTERM, finish what is in hand; a second one stops at once.
+
+    Gives a function that tells which signal came, 0 for none; `on_stop` is called at the first.
+    """
+    caught: list[int] = []
+
+    def on_signal(number: int, _frame: object) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        on_stop()
+        # Not through a stream of Python's, which may be in the middle of a line.
+        os.write(2, b"\nStopping after the batch in hand; once more stops at once.\n")
+
+    before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: caught[0] if caught else 0
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def print_index_report(report: "IndexReport", library: Path, seconds: float, as_json: bool) -> None:
+    """The outcome of a run on stdout, what failed and every problem on stderr."""
+    if as_json:
+        record = asdict(report) | {"library": str(library), "seconds": round(seconds, 2)}
+        record["failed"] = [{"path": str(f.path), "reason": f.reason} for f in report.failed]
+        print_json(record)
+    else:
+        click.echo(_summary(report, library, seconds))
+    for failure in report.failed:
+        click.echo(f"Failed: {shown(failure.path)}: {failure.reason}", err=True)
+    for problem in report.problems:
+        warn(problem)
+
+
+def _summary(report: "IndexReport", library: Path, seconds: float) -> str:
+    counts = {
+        "added": report.added,
+        "updated": report.updated,
+        "moved": report.moved,
+        "removed": report.removed,
+        "failed": len(report.failed),
+    }
+    changes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if report.unchanged or not changes:
+        changes.append(f"{report.unchanged:,} unchanged")
+    if not (report.added or report.updated or report.moved or report.removed):
+        changes.append("nothing to do")
+    return f"{', '.join(changes)} in {duration(seconds)}: {shown(library)}"

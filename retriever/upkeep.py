@@ -1,0 +1,402 @@
+"""Commands that look after a library: folders, checks, copies, ways in and out."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from retriever.terminal import (
+    FOLDER,
+    SOME_FILES_FAILED,
+    Commands,
+    Progress,
+    encoder_options,
+    if_interrupted,
+    json_option,
+    library_option,
+    model_option,
+    open_library,
+    open_or_create,
+    print_index_report,
+    print_json,
+    shown,
+    stopping,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from retriever.exchange import ImportReport
+    from retriever.ingest import IndexReport
+
+ANY_PATH = click.Path(path_type=Path)
+
+
+def add_to(main: click.Group) -> None:
+    """Adds these commands to the program."""
+    for command in (
+        *(remove, roots, watch, verify, repair, compact, backup),
+        *(export, import_, merge),
+    ):
+        main.add_command(command)
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=ANY_PATH)
+@library_option
+@json_option
+def remove(paths: tuple[Path, ...], library_path: Path, as_json: bool) -> None:
+    """Forget pictures, or all in a folder; no file is deleted.
+
+    \b
+    Examples:
+      retriever remove ~/Pictures/blurred.jpg
+      retriever remove ~/Pictures/2019 ~/Pictures/2020
+    """
+    with open_library(library_path) as library:
+        removed = library.remove(paths)
+    if as_json:
+        print_json({"removed": removed})
+    else:
+        click.echo(f"{removed:,} removed from {shown(library.path)}")
+
+
+# ── folders ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@click.group(cls=Commands, invoke_without_command=True)
+@library_option
+@json_option
+@click.pass_context
+def roots(ctx: click.Context, library_path: Path, as_json: bool) -> None:
+    """List the folders of a library, or add, forget or relocate one.
+
+    \b
+    Examples:
+      retriever roots
+      retriever roots --library photos.lib --json
+    """
+    ctx.obj = library_path
+    if ctx.invoked_subcommand is not None:
+        return
+    with open_library(library_path) as library:
+        found = library.roots()
+    for root in found:
+        when = root.indexed_at
+        is_there = root.path.is_dir()
+        if as_json:
+            print_json(
+                {
+                    "path": str(root.path),
+                    "pictures": root.items,
+                    "failures": root.failures,
+                    "indexed_at": when.isoformat() if when else None,
+                    "is_there": is_there,
+                }
+            )
+            continue
+        note = f"indexed {when.astimezone():%Y-%m-%d %H:%M}" if when else "never indexed as a whole"
+        away = "" if is_there else ", not there now"
+        click.echo(f"{root.items:>9,} pictures  {shown(root.path)} ({note}{away})")
+    if not found:
+        click.echo("There are no folders in the library: `retriever index FOLDER`.", err=True)
+
+
+@roots.command("add")
+@click.argument("folder", type=FOLDER)
+@click.pass_obj
+def add_root(library_path: Path, folder: Path) -> None:
+    """Have `retriever index`, without a folder, look at FOLDER too.
+
+    \b
+    Examples:
+      retriever roots add ~/Pictures
+      retriever roots --library photos.lib add /mnt/nas/photos
+    """
+    with open_or_create(library_path, "auto", None, None) as library:
+        library.add_root(folder)
+    click.echo(f"{shown(folder)} is added; `retriever index` takes its pictures in")
+
+
+@roots.command("forget")
+@click.argument("folder", type=ANY_PATH)
+@click.pass_obj
+def forget_root(library_path: Path, folder: Path) -> None:
+    """Forget FOLDER with all its pictures; no file is deleted.
+
+    \b
+    Examples:
+      retriever roots forget ~/Pictures
+      retriever roots forget /mnt/lost-drive
+    """
+    with open_library(library_path) as library:
+        removed = library.forget_root(folder)
+        click.echo(f"{removed:,} pictures of {shown(folder)} are forgotten")
+
+
+@roots.command()
+@click.argument("old", type=ANY_PATH)
+@click.argument("new", type=ANY_PATH)
+@click.pass_obj
+def relocate(library_path: Path, old: Path, new: Path) -> None:
+    """Look for the pictures of OLD in NEW; nothing is encoded again.
+
+    \b
+    Examples:
+      retriever roots relocate /media/usb0/photos /mnt/photos
+      retriever roots relocate /home/ann /Users/ann
+    """
+    with open_library(library_path) as library:
+        count = library.relocate(old, new)
+    click.echo(f"{count:,} pictures are known in {shown(new)} now")
+
+
+@click.command()
+@click.argument("folders", nargs=-1, metavar="[FOLDER]...", type=FOLDER)
+@click.option("--polling", is_flag=True, help="Look again and again: for network drives.")
+@model_option(None, "One of the library's models.", show_default="its default one")
+@library_option
+@encoder_options
+@json_option
+def watch(
+    folders: tuple[Path, ...],
+    polling: bool,
+    model: str | None,
+    library_path: Path,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Keep a library up to date as files in its folders change, until Ctrl-C.
+
+    \b
+    Examples:
+      retriever watch
+      retriever watch ~/Pictures --polling
+    """
+    from retriever.watch import watch as keep_up
+
+    if folders:
+        library = open_or_create(library_path, device, threads, model)
+    else:
+        library = open_library(library_path, device, threads, model)
+    stop = threading.Event()
+
+    def on_report(folder: Path, report: "IndexReport") -> None:
+        if not as_json:
+            click.echo(f"{time.strftime('%H:%M:%S')}  {shown(folder)}: ", nl=False)
+        print_index_report(report, library.path, 0.0, as_json)
+
+    with library, stopping(stop.set) as caught:
+        if not as_json:
+            click.echo(f"Watching for {shown(library.path)}; Ctrl-C ends it.", err=True)
+        keep_up(library, folders or None, on_report=on_report, stop=stop, polling=polling)
+    click.get_current_context().exit(128 + caught() if caught() else 0)
+
+
+# ── checks and copies ────────────────────────────────────────────────────────────────────────────
+
+
+@click.command()
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    default=16,
+    help="Pictures and captions to encode again; 0 needs no model.",
+)
+@library_option
+@encoder_options
+@json_option
+def verify(
+    sample: int, library_path: Path, device: str, threads: int | None, as_json: bool
+) -> None:
+    """Check everything about a library; exit 1 if something is wrong.
+
+    \b
+    Examples:
+      retriever verify
+      retriever verify --library photos.lib --json
+    """
+    notes: list[str] = []
+    with open_library(library_path, device, threads) as library:
+        problems = library.verify(sample=sample, notes=notes)
+    if as_json:
+        print_json({"clean": not problems, "problems": problems, "notes": notes})
+    else:
+        click.echo("\n".join(problems) if problems else f"No problems in {shown(library.path)}")
+        for note in notes:
+            warn(note)
+    if problems:
+        if not as_json:
+            click.echo("`retriever repair` mends a library's files.", err=True)
+        click.get_current_context().exit(1)
+
+
+@click.command()
+@library_option
+@json_option
+def repair(library_path: Path, as_json: bool) -> None:
+    """Mend a library, even one that cannot be opened, and say what was done.
+
+    What is lost is marked, and the next `retriever index` reads those pictures again. A damaged
+    catalogue is kept beside the new one.
+
+    \b
+    Examples:
+      retriever repair
+      retriever repair --library photos.lib --json
+    """
+    from retriever.library import Library
+
+    if_interrupted("The library is as it was or mended; the same command goes on from there.")
+    done = Library.repair(library_path)
+    if as_json:
+        print_json({"done": done})
+    else:
+        click.echo("\n".join(done) if done else f"Nothing to mend in {shown(library_path)}")
+
+
+@click.command()
+@library_option
+@json_option
+def compact(library_path: Path, as_json: bool) -> None:
+    """Give the space of what was removed back to the disk.
+
+    \b
+    Examples:
+      retriever compact
+      retriever compact --library photos.lib --json
+    """
+    with open_library(library_path) as library:
+        if_interrupted("Nothing is lost; the same command starts anew.")
+        before, after = library.compact()
+    if as_json:
+        print_json({"bytes_before": before, "bytes_after": after})
+    else:
+        click.echo(f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now")
+
+
+@click.command()
+@click.argument("destination", type=ANY_PATH)
+@library_option
+def backup(destination: Path, library_path: Path) -> None:
+    """Copy a library to the new folder DESTINATION while others read and write it.
+
+    \b
+    Examples:
+      retriever backup /mnt/usb/photos.lib
+      retriever backup photos-2026-11.lib --library photos.lib
+    """
+    with open_library(library_path) as library:
+        if_interrupted(f"{shown(destination)} was not made.")
+        library.backup(destination)
+    click.echo(f"{shown(library.path)} is copied to {shown(destination)}")
+
+
+# ── ways in and out ──────────────────────────────────────────────────────────────────────────────
+
+
+@click.command()
+@click.argument("destination", type=ANY_PATH)
+@model_option(None, "One of the library's models.", show_default="its default one")
+@library_option
+@json_option
+def export(destination: Path, model: str | None, library_path: Path, as_json: bool) -> None:
+    """Write a library to the new folder DESTINATION as NDJSON and npy, for any program.
+
+    \b
+    Examples:
+      retriever export everything
+      retriever export everything --library photos.lib --json
+    """
+    with open_library(library_path, model=model) as library:
+        if_interrupted(f"{shown(destination)} was not made.")
+        with Progress("Exporting", "pictures") as progress:
+            report = library.export(destination, progress=progress)
+    if as_json:
+        print_json(asdict(report) | {"folder": str(report.folder)})
+    else:
+        click.echo(
+            f"{report.items:,} pictures and {report.captions:,} captions,"
+            f" {report.size_bytes / 1e6:,.1f} MB: {shown(report.folder)}"
+        )
+
+
+@click.command("import")
+@click.argument("source", type=FOLDER)
+@click.option(
+    "--pictures",
+    type=FOLDER,
+    help="Where the pictures of clip-retrieval's embeddings lie, if their paths are relative.",
+)
+@model_option(None, "The model that made the embeddings.", show_default="the export's, or mini")
+@library_option
+@encoder_options
+@json_option
+def import_(
+    source: Path,
+    pictures: Path | None,
+    model: str | None,
+    library_path: Path,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Take in what `retriever export` wrote, or embeddings that clip-retrieval made.
+
+    \b
+    Examples:
+      retriever import everything
+      retriever import embeddings --model ViT-B-32/openai --pictures ~/Pictures
+    """
+    from retriever.exchange import exported_model
+
+    if not library_path.is_dir():
+        model = model or exported_model(source)
+    with open_or_create(library_path, device, threads, model) as library:
+        if_interrupted("What was taken in is kept; the same command goes on from there.")
+        with Progress("Importing", "pictures") as progress:
+            report = library.import_(source, pictures=pictures, progress=progress)
+        _print_intake(report, library.path, as_json)
+
+
+@click.command()
+@click.argument("others", nargs=-1, required=True, metavar="OTHER...", type=FOLDER)
+@library_option
+@json_option
+def merge(others: Sequence[Path], library_path: Path, as_json: bool) -> None:
+    """Take in what OTHER libraries of the same model hold; they are only read.
+
+    \b
+    Examples:
+      retriever merge laptop.lib
+      retriever merge 2019.lib 2020.lib --library all.lib
+    """
+    with open_library(library_path) as library:
+        if_interrupted("What was taken in is kept; the same command goes on from there.")
+        for other in others:
+            with Progress("Merging", "pictures") as progress:
+                report = library.merge(other, progress=progress)
+            _print_intake(report, library.path, as_json)
+
+
+def _print_intake(report: "ImportReport", library: Path, as_json: bool) -> None:
+    if as_json:
+        skipped = [{"path": str(one.path), "reason": one.reason} for one in report.skipped]
+        print_json(asdict(report) | {"skipped": skipped, "library": str(library)})
+    else:
+        counts = {
+            "added": report.added,
+            "updated": report.updated,
+            "unchanged": report.unchanged,
+            "skipped": len(report.skipped),
+        }
+        told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        click.echo(f"{told or 'Nothing there'}: {shown(library)}")
+    for one in report.skipped:
+        click.echo(f"Skipped: {shown(one.path)}: {one.reason}", err=True)
+    if report.skipped:
+        click.get_current_context().exit(SOME_FILES_FAILED)
