@@ -44,6 +44,7 @@ from retriever.terminal import (
 
 if TYPE_CHECKING:
     from retriever.data import CaptionReport
+    from retriever.library import Library
     from retriever.models import ModelInfo
     from retriever.training import EpochLog
 
@@ -225,6 +226,7 @@ def search(
             image_weight=image_weight,
             k=k,
         )
+        _warn_of_gaps(library, words)
     for hit in hits:
         if paths:
             click.echo(os.fsencode(hit.path))  # the very bytes, for the next program
@@ -270,6 +272,7 @@ def caption(
     """
     with open_library(library_path, device, threads, model) as library:
         hits = library.captions_for(picture, k=k)
+        _warn_of_gaps(library)
     for hit in hits:
         if as_json:
             print_json(
@@ -284,6 +287,16 @@ def caption(
         else:
             click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {hit.caption}")
     _say_if_empty(hits, "captions", "`retriever index FOLDER --captions FILE` names them")
+
+
+def _warn_of_gaps(library: "Library", text: str | None = None) -> None:
+    """Says what an answer leaves out."""
+    name = library.model.name
+    if count := library.pending:
+        warn(f"{count:,} pictures are not embedded by {name} yet: retriever index --model {name}")
+    if text and library.encoder.is_cut([text])[0]:
+        tokens = library.encoder.max_text_tokens
+        warn(f"the text is longer than the {tokens} tokens that {name} reads: its end is ignored")
 
 
 def _say_if_empty(hits: list[Any], what: str, way_out: str) -> None:

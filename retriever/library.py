@@ -141,6 +141,11 @@ class Library:
         return self._store.path
 
     @property
+    def model(self) -> ModelSpec:
+        """Name, dimension and fingerprint of the model that this library was opened with."""
+        return self._store.model
+
+    @property
     def encoder(self) -> Encoder:
         """The encoder of this library, loaded when first asked for.
 
@@ -381,6 +386,12 @@ class Library:
     def models(self) -> list[StoredModel]:
         """The models whose embeddings the library holds, the default first."""
         return self._store.models()
+
+    @property
+    def pending(self) -> int:
+        """Pictures that this model has not embedded yet, so that its answers are without them."""
+        with self._store.snapshot() as rows:
+            return len(rows.pending())
 
     def use_model(self, name: str) -> StoredModel:
         """Makes a model of the library its default; the others keep their embeddings.

@@ -106,12 +106,17 @@ class Searcher:
             PictureError: a query picture cannot be read.
         """
         row = self._row(query, k)
-        (match,) = self._store.search("image", row, k)
+        while True:
+            (match,) = self._store.search("image", row, k)
+            items = self._store.items(match.ids.tolist())
+            if len(items) == len(match.ids):
+                break
+            # Another process removed some since the search: ask again.
         scores = dict(zip(match.ids.tolist(), match.scores.tolist(), strict=True))
         captions = self._best_captions(match.ids.tolist(), row)
         return [
             Hit(rank, scores[item.item_id], item.path, captions.get(item.item_id), item.item_id)
-            for rank, item in enumerate(self._store.items(match.ids.tolist()), start=1)
+            for rank, item in enumerate(items, start=1)
         ]
 
     def captions(self, query: Query, k: int = 10) -> list[CaptionHit]:
@@ -133,16 +138,17 @@ class Searcher:
             nearest: dict[str, tuple[int, float]] = {}
             for (item_id, caption), score in zip(found, match.scores.tolist(), strict=True):
                 nearest.setdefault(caption.text, (item_id, score))
-            if len(nearest) >= k or len(found) < wanted:
+            if len(nearest) < k and len(found) == wanted:
+                wanted *= 4  # the same text stands under many pictures
+                continue
+            best = list(nearest.items())[:k]
+            items = self._store.items([item_id for _, (item_id, _) in best])
+            paths = {item.item_id: item.path for item in items}
+            if all(item_id in paths for _, (item_id, _) in best):
                 break
-            wanted *= 4  # the same text stands under many pictures
-        best = list(nearest.items())[:k]
-        items = self._store.items([item_id for _, (item_id, _) in best])
-        paths = {item.item_id: item.path for item in items}
         return [
             CaptionHit(rank, score, text, paths[item_id], item_id)
             for rank, (text, (item_id, score)) in enumerate(best, start=1)
-            if item_id in paths
         ]
 
     def _row(self, query: Query, k: int) -> Rows:
