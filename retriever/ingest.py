@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from indexes.records import CaptionRow, ItemRow, ItemWrite, KnownFile
 from retriever.captions import printable
 from retriever.data import Caption, CaptionIndex, Decoded, Picture, list_pictures
-from retriever.errors import PictureError, RetrieverError, UsageError
+from retriever.errors import FolderGoneError, PictureError, UsageError
 from retriever.workers import DecodeWorkers
 
 if TYPE_CHECKING:
@@ -120,19 +120,59 @@ def index_folder(
 
     Raises:
         UsageError: there is no such folder.
-        RetrieverError: the folder is gone or empty although the store knows pictures in it, as
+        FolderGoneError: the folder is gone or empty although the store knows pictures in it, as
             when its drive is not mounted; nothing is removed unless `prune` is given.
         CaptionError: the file `captions` cannot be read.
         StoreLockedError: another process is writing.
     """
-    folder = Path(os.path.realpath(folder.expanduser()))  # `resolve` fails on a loop of links
-    is_there = _is_there(folder)
+    return index_folders(
+        store,
+        encoder,
+        [folder],
+        captions=captions,
+        progress=progress,
+        batch_size=batch_size,
+        prune=prune,
+        stop=stop,
+    )
+
+
+def index_folders(
+    store: Store,
+    encoder: Callable[[], Encoder],
+    folders: Sequence[Path],
+    *,
+    captions: Path | None = None,
+    progress: Progress | None = None,
+    batch_size: int = BATCH_SIZE,
+    prune: bool = False,
+    stop: Callable[[], bool] | None = None,
+) -> IndexReport:
+    """As `index_folder`, one folder after the other, with one report for all.
+
+    A picture that moved from one of them to another is found whichever of both comes first. If one
+    of several is gone or empty although the store knows pictures in it, that is one of the
+    report's `problems`. Progress is told of each folder by itself.
+    """
+    # `Path.resolve` fails on a loop of links.
+    places = [Path(os.path.realpath(folder.expanduser())) for folder in folders]
     with store.writer() as writer:
         run = _Run(store, writer, encoder, progress, batch_size, prune, stop or (lambda: False))
-        report = run.index(folder, captions, is_there=is_there)
-        if not report.interrupted:
+        for place in places:
+            run.check(place)
+        for place in places:
+            try:
+                run.index(place, captions)
+            except FolderGoneError as exc:
+                if len(places) == 1:
+                    raise
+                run.problems.append(str(exc))
+            if run.interrupted:
+                break
+        else:
+            run.remove_gone()
             writer.finish()
-    return report
+        return run.report()
 
 
 Outcome = Literal["added", "updated", "moved", "unchanged"]
@@ -226,61 +266,70 @@ class _Run:
         self.problems: list[str] = []
         self.gone: dict[bytes, list[KnownFile]] = {}  # by content, to be found under a new name
         self.moved: set[int] = set()
+        self.removable: list[int] = []  # unless they are found under a new name after all
+        self.whole_roots: list[int] = []  # that were looked at from end to end
+        self.removed = 0
+        self.interrupted = False
         self.in_flight: set[bytes] = set()  # contents being decoded
         self.n_cut = 0  # captions that the model does not read to their end
 
-    def index(self, folder: Path, captions: Path | None, *, is_there: bool) -> IndexReport:
+    def check(self, folder: Path) -> None:
+        """Raises UsageError if there is nothing that could be indexed or pruned."""
+        if not _is_there(folder) and not self._count_known(folder):
+            raise UsageError(f"{printable(folder)} does not exist; is its drive mounted?")
+
+    def index(self, folder: Path, captions: Path | None) -> None:
+        """Brings everything up to date but what is to be removed; raises FolderGoneError."""
         roots = self.store.roots()
         around = [path for _, path in roots if folder.is_relative_to(path)]
         self.root = min(around, key=lambda path: len(path.parts), default=folder)
         self.captions = captions
         part = "" if folder == self.root else f"{folder.relative_to(self.root).as_posix()}/"
-        if not is_there:
-            n_known = self._count_known(folder, roots)
-            if not n_known:
-                raise UsageError(f"{printable(folder)} does not exist; is its drive mounted?")
-            if not self.prune:
-                raise _refusal(folder, "is not there", n_known)
+        problems: list[str] = []
         strays: list[str] = []
         # Names in captions files are matched against all pictures of the root.
         sources = CaptionIndex.read(self.root, captions=captions, pictures=self._listed([], []))
         known = self._known(roots)
         jobs: deque[_Job] = deque()
         n_listed = 0
-        for picture in self._listed(self.problems, strays):
+        for picture in self._listed(problems, strays):
             if self.stop():
-                return self._report(interrupted=True)
+                self.interrupted = True
+                return
             before = known.pop(picture.file, None)
             if picture.file.startswith(part):
                 n_listed += 1
                 if job := self._job(picture, before, sources):
                     jobs.append(job)
+        self.problems += problems
         if n_listed:
             self.root_id = self.writer.add_root(self.root)
             self._take_over_roots_inside(roots)
         elif not self.prune:
-            if n_known := self._count_known(folder, roots):
-                raise _refusal(folder, "holds no pictures now", n_known)
-            return self._report()
-        gone = self._without_those_out_of_sight(known)
+            if n_known := self._count_known(folder):
+                what = "holds no pictures now" if _is_there(folder) else "is not there"
+                raise FolderGoneError(
+                    f"{printable(folder)} {what}, but the library knows {n_known:,} pictures there;"
+                    " nothing was removed. Mount its drive, or have them removed with --prune."
+                )
+            return
+        gone = self._without_those_out_of_sight(known, all_listed=not problems)
         for former in gone.values():
             if former.status == "ok" and former.content_hash is not None:
                 self.gone.setdefault(former.content_hash, []).append(former)
-        if not self._work_off(jobs, sources):
-            return self._report(interrupted=True)
-        removed = [
-            former.item_id
-            for file, former in gone.items()
-            if file.startswith(part) and former.item_id not in self.moved
-        ]
-        if removed and not self.prune and not _has_entries(folder):
+        self._work_off(jobs, sources)
+        if self.interrupted:
+            return
+        removable = [former.item_id for file, former in gone.items() if file.startswith(part)]
+        if removable and not self.prune and not _has_entries(folder):
             self.problems.append(
-                f"{printable(folder)} went away while it was read; {_left_alone(len(removed))}"
+                f"{printable(folder)} went away while it was read; {_left_alone(len(removable))}"
             )
-            return self._report()
-        self.writer.remove(removed)
+            self.gone.clear()  # none of these is to be found under a new name
+            return
+        self.removable += removable
         if n_listed and not part:
-            self.writer.mark_indexed(self.root_id)
+            self.whole_roots.append(self.root_id)
         self.problems += sources.problems
         # Said of a file that was named on purpose. What a folder keeps of deleted pictures is no
         # news.
@@ -289,22 +338,32 @@ class _Run:
                 f"captions that match no picture: {count:,}"
                 " (`retriever index --dry-run` lists them)"
             )
-        return self._report(len(removed))
 
-    def _report(self, removed: int = 0, *, interrupted: bool = False) -> IndexReport:
+    def remove_gone(self) -> None:
+        """The end of a run that was not interrupted: nothing more can be found elsewhere."""
+        ids = [item_id for item_id in self.removable if item_id not in self.moved]
+        with self.writer.together():
+            self.writer.remove(ids)
+            for root_id in self.whole_roots:
+                self.writer.mark_indexed(root_id)
+        self.removed = len(ids)
+
+    def report(self) -> IndexReport:
+        """What was done."""
+        problems = list(self.problems)
         if self.n_cut:
             encoder = self.encoder()
             are, their = ("caption is", "its") if self.n_cut == 1 else ("captions are", "their")
-            self.problems.append(
+            problems.append(
                 f"{self.n_cut:,} {are} longer than the {encoder.max_text_tokens} tokens that"
                 f" {encoder.name} reads; only {their} beginning is searched"
             )
         return IndexReport(
             **self.counts,
-            removed=removed,
+            removed=self.removed,
             failed=tuple(self.failed),
-            problems=tuple(self.problems),
-            interrupted=interrupted,
+            problems=tuple(problems),
+            interrupted=self.interrupted,
         )
 
     def _listed(self, problems: list[str], strays: list[str]) -> Iterable[Picture]:
@@ -312,10 +371,10 @@ class _Run:
             return ()
         return list_pictures(self.root, problems=problems, strays=strays)
 
-    def _count_known(self, folder: Path, roots: Iterable[tuple[int, Path]]) -> int:
+    def _count_known(self, folder: Path) -> int:
         return sum(
             (path / file).is_relative_to(folder)
-            for root_id, path in roots
+            for root_id, path in self.store.roots()
             if path.is_relative_to(folder) or folder.is_relative_to(path)
             for file in self.store.known_files(root_id)
         )
@@ -383,7 +442,9 @@ class _Run:
     def _reasons(self) -> dict[int, str | None]:
         return {item.item_id: item.reason for item in self.store.failures()}
 
-    def _without_those_out_of_sight(self, missing: Mapping[str, KnownFile]) -> dict[str, KnownFile]:
+    def _without_those_out_of_sight(
+        self, missing: Mapping[str, KnownFile], *, all_listed: bool
+    ) -> dict[str, KnownFile]:
         """Known files that were not listed because they are gone.
 
         Others are behind a link whose target is not there, as when its drive is not mounted, or in
@@ -396,7 +457,7 @@ class _Run:
             link = None if self.prune else dangling.on_the_way_to(file)
             if link is not None:
                 behind[link] = behind.get(link, 0) + 1
-            elif not self.problems or not _may_exist(self.root / file):
+            elif all_listed or not _may_exist(self.root / file):
                 gone[file] = former
         self.problems += [
             f"{printable(link)}: a link to nothing; {_left_alone(count)}"
@@ -404,11 +465,10 @@ class _Run:
         ]
         return gone
 
-    def _work_off(self, jobs: deque[_Job], sources: CaptionIndex) -> bool:
-        """Whether all jobs were done; False if the run was stopped."""
+    def _work_off(self, jobs: deque[_Job], sources: CaptionIndex) -> None:
         total, done = len(jobs), 0
         if not total:
-            return True
+            return
         report = self.progress or (lambda done, total: None)
         report(done, total)
         threads = min(4, os.cpu_count() or 1)
@@ -431,7 +491,7 @@ class _Run:
         finally:
             workers.close()  # what is being decoded now is wanted no more
             pool.shutdown(cancel_futures=True)
-        return done == total
+        self.interrupted = done < total
 
     def _hashed(
         self, pool: ThreadPoolExecutor, jobs: deque[_Job], sources: CaptionIndex
@@ -621,13 +681,6 @@ def _is_there(folder: Path) -> bool:
     if not stat.S_ISDIR(mode):
         raise UsageError(f"{printable(folder)} is no folder")
     return True
-
-
-def _refusal(folder: Path, what: str, n_known: int) -> RetrieverError:
-    return RetrieverError(
-        f"{printable(folder)} {what}, but the library knows {n_known:,} pictures there; nothing was"
-        " removed. Mount its drive, or have them removed with --prune."
-    )
 
 
 def _left_alone(count: int) -> str:

@@ -20,8 +20,8 @@ from indexes.errors import StoreLockedError
 from indexes.store import CaptionRow, ItemRow, ModelSpec, Store
 from retriever import ingest
 from retriever.data import Decoded
-from retriever.errors import CaptionError, RetrieverError, UsageError
-from retriever.ingest import Failure, IndexReport, index_folder
+from retriever.errors import CaptionError, FolderGoneError, UsageError
+from retriever.ingest import Failure, IndexReport, index_folder, index_folders
 from retriever.workers import DecodeWorkers
 
 Index = Callable[..., IndexReport]
@@ -241,7 +241,7 @@ def test_an_emptied_folder_is_reported_and_nothing_is_removed(
     index(tiny_pairs)
     shutil.rmtree(tiny_pairs / part)
     (tiny_pairs / part).mkdir()
-    with pytest.raises(RetrieverError, match=r"nothing was removed.*--prune"):
+    with pytest.raises(FolderGoneError, match=r"nothing was removed.*--prune"):
         index(tiny_pairs / part)
     assert len(items_of(fresh_store)) == 5
 
@@ -252,7 +252,7 @@ def test_a_folder_that_is_gone_is_reported_and_nothing_is_removed(
 ) -> None:
     index(tiny_pairs)
     shutil.rmtree(tiny_pairs / part)
-    with pytest.raises(RetrieverError, match=r"is not there.*nothing was removed.*--prune"):
+    with pytest.raises(FolderGoneError, match=r"is not there.*nothing was removed.*--prune"):
         index(tiny_pairs / part)
     assert len(items_of(fresh_store)) == 5
 
@@ -454,6 +454,45 @@ def test_a_picture_moved_to_another_root_keeps_its_id_embedding_and_given_captio
     assert fresh_store.verify() == []
     assert index(tiny_pairs) == IndexReport(unchanged=4)
     assert index(other) == IndexReport(unchanged=2)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_picture_that_moved_between_two_folders_is_found_whichever_is_looked_at_first(
+    fresh_store: Store,
+    toy_encoder: ToyEncoder,
+    tiny_pairs: Path,
+    tmp_path: Path,
+    is_first: bool,
+) -> None:
+    paint(tmp_path / "other/cyan.png", "cyan")
+    folders = [tiny_pairs, tmp_path / "other"]
+    if not is_first:
+        folders.reverse()
+    report = index_folders(fresh_store, lambda: toy_encoder, folders)
+    assert report == IndexReport(added=6)
+    before = items_of(fresh_store)[str(tiny_pairs / "red.png")].item_id
+    (tiny_pairs / "red.png").rename(tmp_path / "other/crimson.png")
+    (tiny_pairs / "green.png").unlink()
+    report = index_folders(fresh_store, no_encoder, folders)
+    assert report == IndexReport(moved=1, removed=1, unchanged=4)
+    assert items_of(fresh_store)[str(tmp_path / "other/crimson.png")].item_id == before
+
+
+def test_one_of_several_folders_that_is_gone_is_named_and_the_others_are_indexed(
+    fresh_store: Store, toy_encoder: ToyEncoder, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    paint(tmp_path / "other/cyan.png", "cyan")
+    folders = [tmp_path / "other", tiny_pairs]
+    index_folders(fresh_store, lambda: toy_encoder, folders)
+    shutil.rmtree(tmp_path / "other")
+    (tiny_pairs / "red.png").unlink()
+    report = index_folders(fresh_store, no_encoder, folders)
+    assert (report.removed, report.unchanged) == (1, 4)
+    (problem,) = report.problems
+    assert problem.startswith(f"{tmp_path / 'other'} is not there, but the library knows 1 ")
+    assert index_folders(fresh_store, no_encoder, folders, prune=True).removed == 1
+    with pytest.raises(UsageError, match="nowhere does not exist"):
+        index_folders(fresh_store, no_encoder, [tiny_pairs, tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize("is_empty", [True, False])
@@ -991,6 +1030,15 @@ class FolderMachine(RuleBasedStateMachine):
         index_folder(self.store, ToyEncoder, self.folder / "sub", batch_size=2)
 
     @precondition(lambda self: self.has_pictures())
+    @rule(asked=st.integers(1, 12))
+    def index_until_stopped(self, asked: int) -> None:
+        answers = iter([False] * asked)
+        index_folder(
+            self.store, ToyEncoder, self.folder, batch_size=1, stop=lambda: next(answers, True)
+        )
+        assert self.store.verify() == []
+
+    @precondition(lambda self: self.has_pictures())
     @rule(batch_size=st.sampled_from([1, 2, 64]))
     def index(self, batch_size: int) -> None:
         report = index_folder(self.store, ToyEncoder, self.folder, batch_size=batch_size)
@@ -1018,7 +1066,7 @@ def contents(store: Store) -> dict[str, Any]:
 
 TestFolder = FolderMachine.TestCase
 TestFolder.settings = settings(
-    max_examples=20,
+    max_examples=15,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
