@@ -151,19 +151,21 @@ def index_folders(
     """As `index_folder`, one folder after the other, with one report for all.
 
     A picture that moved from one of them to another is found whichever of both comes first. If one
-    of several is gone or empty although the store knows pictures in it, that is one of the
-    report's `problems`. Progress is told of each folder by itself.
+    of several is a root that is gone or cannot be read, that is one of the report's `problems`.
+    Progress is told of each folder by itself.
     """
     # `Path.resolve` fails on a loop of links.
     places = [Path(os.path.realpath(folder.expanduser())) for folder in folders]
     with store.writer() as writer:
         run = _Run(store, writer, encoder, progress, batch_size, prune, stop or (lambda: False))
+        roots = [path for _, path in store.roots()]
         for place in places:
-            run.check(place)
+            if place not in roots:
+                run.check(place)
         for place in places:
             try:
                 run.index(place, captions)
-            except FolderGoneError as exc:
+            except (FolderGoneError, UsageError) as exc:
                 if len(places) == 1:
                     raise
                 run.problems.append(str(exc))
@@ -266,7 +268,7 @@ class _Run:
         self.problems: list[str] = []
         self.gone: dict[bytes, list[KnownFile]] = {}  # by content, to be found under a new name
         self.moved: set[int] = set()
-        self.removable: list[int] = []  # unless they are found under a new name after all
+        self.removable: set[int] = set()  # unless they are found under a new name after all
         self.whole_roots: list[int] = []  # that were looked at from end to end
         self.removed = 0
         self.interrupted = False
@@ -279,7 +281,11 @@ class _Run:
             raise UsageError(f"{printable(folder)} does not exist; is its drive mounted?")
 
     def index(self, folder: Path, captions: Path | None) -> None:
-        """Brings everything up to date but what is to be removed; raises FolderGoneError."""
+        """Brings everything up to date but what is to be removed.
+
+        Raises UsageError, FolderGoneError or CaptionError before anything is done.
+        """
+        self.check(folder)
         roots = self.store.roots()
         around = [path for _, path in roots if folder.is_relative_to(path)]
         self.root = min(around, key=lambda path: len(path.parts), default=folder)
@@ -320,14 +326,14 @@ class _Run:
         self._work_off(jobs, sources)
         if self.interrupted:
             return
-        removable = [former.item_id for file, former in gone.items() if file.startswith(part)]
+        removable = {former.item_id for file, former in gone.items() if file.startswith(part)}
         if removable and not self.prune and not _has_entries(folder):
             self.problems.append(
                 f"{printable(folder)} went away while it was read; {_left_alone(len(removable))}"
             )
             self.gone.clear()  # none of these is to be found under a new name
             return
-        self.removable += removable
+        self.removable |= removable
         if n_listed and not part:
             self.whole_roots.append(self.root_id)
         self.problems += sources.problems
@@ -341,7 +347,7 @@ class _Run:
 
     def remove_gone(self) -> None:
         """The end of a run that was not interrupted: nothing more can be found elsewhere."""
-        ids = [item_id for item_id in self.removable if item_id not in self.moved]
+        ids = self.removable - self.moved
         with self.writer.together():
             self.writer.remove(ids)
             for root_id in self.whole_roots:

@@ -491,8 +491,12 @@ def test_one_of_several_folders_that_is_gone_is_named_and_the_others_are_indexed
     (problem,) = report.problems
     assert problem.startswith(f"{tmp_path / 'other'} is not there, but the library knows 1 ")
     assert index_folders(fresh_store, no_encoder, folders, prune=True).removed == 1
+    (problem,) = index_folders(fresh_store, no_encoder, folders).problems  # a root without pictures
+    assert problem.startswith(f"{tmp_path / 'other'} does not exist")
+    (tiny_pairs / "blue.png").unlink()
     with pytest.raises(UsageError, match="nowhere does not exist"):
         index_folders(fresh_store, no_encoder, [tiny_pairs, tmp_path / "nowhere"])
+    assert len(items_of(fresh_store)) == 4  # nothing was begun
 
 
 @pytest.mark.parametrize("is_empty", [True, False])
