@@ -24,6 +24,7 @@ from indexes.errors import (
     StoreDamagedError,
     StoreError,
     StoreLockedError,
+    StoreNotFoundError,
     StoreReadOnlyError,
     StoreTooNewError,
 )
@@ -45,6 +46,8 @@ from indexes.records import (
 BUSY_SECONDS = 30
 # Ids in one statement: below every database's limit, and few enough to compile quickly.
 IN_CHUNK = 500
+# No encoder has more dimensions, and a damaged number must not ask for all memory.
+MAX_DIM = 1 << 16
 # Vectors read at a time while building an index: 4096 x 512-d are 4 MiB.
 VECTOR_CHUNK = 4096
 
@@ -191,10 +194,17 @@ class Catalogue:
     def pending_migrations(self, *, create: bool = False) -> int:
         """How many migrations this database lacks; an empty one is ours only with `create`.
 
-        Raises StoreDamagedError, and StoreTooNewError if the schema is ahead of us.
+        Raises StoreNotFoundError if its making was cut off, StoreDamagedError, and
+        StoreTooNewError if the schema is ahead of us.
         """
         with _translated(self.path), self._engine.connect() as connection:
             applied = _applied_migrations(connection)
+            is_blank = not applied and not sa.inspect(connection).get_table_names()
+        # With a FAISS file beside it, it had been complete once.
+        if is_blank and not create and not any(self.path.parent.glob("*.faiss")):
+            raise StoreNotFoundError(
+                f"the library at {self.path.parent} was never completed: create it"
+            )
         if not applied and not create:
             raise StoreDamagedError(
                 f"{self.path} is not a catalogue of ours, or is empty; {_WAY_OUT}"
@@ -307,6 +317,17 @@ _WAY_OUT = (
     "index again"
 )
 
+# What reading raises where a bit flipped that SQLite has no checksum of: a number where a text was,
+# a time of day that is none, a message of SQLite's own that quotes what is no text.
+_DAMAGE = (
+    sa.exc.SQLAlchemyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+)
+
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
@@ -317,6 +338,10 @@ def _translated(path: Path) -> Iterator[None]:
         raise InvalidRowsError(f"nothing was written: {error.orig}") from error
     except (sa.exc.DatabaseError, sqlite3.DatabaseError) as error:
         raise _our_error(path, getattr(error, "orig", error)) from error
+    except StoreError:
+        raise
+    except _DAMAGE as error:
+        raise _our_error(path, f"{type(error).__name__}: {error}") from error
 
 
 def _our_error(path: Path, error: Any) -> StoreError:
@@ -360,6 +385,24 @@ def _item_values(root_id: int, item: ItemWrite) -> dict[str, Any]:
         # A reason may quote a file name that is not valid text.
         "reason": item.failure and item.failure.encode("utf-8", "backslashreplace").decode(),
     }
+
+
+def _stored_type(column: sa.Column[Any]) -> str:
+    """What SQLite calls the type of a column's values."""
+    if isinstance(column.type, sa.Integer):
+        return "integer"
+    return "blob" if isinstance(column.type, sa.LargeBinary) else "text"
+
+
+def _spec(row: Any) -> ModelSpec:
+    if (
+        not isinstance(row.name, str)
+        or not isinstance(row.fingerprint, str)
+        or not isinstance(row.dim, int)
+        or not 0 < row.dim <= MAX_DIM
+    ):
+        raise ValueError(f"model {row.id} has {row.dim!r} dimensions, or no name or fingerprint")
+    return ModelSpec(row.name, row.dim, row.fingerprint)
 
 
 def _on_begin(connection: sa.Connection) -> None:
@@ -412,13 +455,13 @@ class Snapshot:
         else:
             statement = statement.where(models.c.fingerprint == fingerprint)
         row = self._connection.execute(statement).first()
-        return (row.id, ModelSpec(row.name, row.dim, row.fingerprint)) if row else None
+        return (row.id, _spec(row)) if row else None
 
     def models(self) -> dict[int, ModelSpec]:
         """All models by id, the default first, then as they were added."""
         default = self._connection.execute(sa.select(store_info.c.model_id)).scalar()
         rows = self._all(sa.select(models).order_by(models.c.id != default, models.c.id))
-        return {row.id: ModelSpec(row.name, row.dim, row.fingerprint) for row in rows}
+        return {row.id: _spec(row) for row in rows}
 
     def pending(self) -> set[int]:
         """Items that can be read and that this model has not embedded, or not all captions of."""
@@ -676,7 +719,17 @@ class Snapshot:
     def structure_problems(self) -> list[str]:
         """What SQLite finds wrong with the database file."""
         lines = self._connection.exec_driver_sql("PRAGMA integrity_check")
-        return [f"SQLite integrity: {line}" for (line,) in lines if line != "ok"]
+        found = [f"SQLite integrity: {line}" for (line,) in lines if line != "ok"]
+        for table in metadata.sorted_tables:
+            # SQLite takes a value of any type, and a flipped bit can make one of another.
+            wrong = [
+                sa.func.typeof(column).not_in([_stored_type(column), "null"])
+                for column in table.columns
+            ]
+            statement = sa.select(sa.func.count()).select_from(table).where(sa.or_(*wrong))
+            if count := self._connection.execute(statement).scalar_one():
+                found.append(f"{count} rows of {table.name} hold values of a wrong type")
+        return found
 
     def problems(self) -> list[str]:
         """What is wrong with the database itself and between its tables."""

@@ -8,7 +8,7 @@ put in order afterwards (`indexes.care`).
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ RESTORE_INFO = """
         (SELECT coalesce(max(change), 0) + 1 FROM image_embeddings)
         + (SELECT coalesce(max(change), 0) FROM caption_embeddings)
     WHERE EXISTS (SELECT 1 FROM models)"""
+KINDS = {"INT": int, "TEXT": str, "TIMESTAMP": str, "BLOB": bytes}  # by a word of the declaration
 STEP = 1 << 14  # rows asked for at once; where that fails, ever fewer
 GIVE_UP = 20_000  # single rows in a row that cannot be read: the rest of the table is gone
 
@@ -110,23 +111,25 @@ def _copy_table(
     source: sqlite3.Connection, target: sqlite3.Connection, table: str
 ) -> tuple[int, bool]:
     """Copies a table; how many rows, and whether some could not be read."""
-    ours = [row[1] for row in target.execute(f"PRAGMA table_info({table})")]
+    ours = [
+        (name, next(kind for word, kind in KINDS.items() if word in declared))
+        for _, name, declared, *_ in target.execute(f"PRAGMA table_info({table})")
+    ]
     try:
         theirs = {row[1] for row in source.execute(f"PRAGMA table_info({table})")}
     except sqlite3.DatabaseError:
         theirs = set()
-    shared = [name for name in ours if name in theirs]
+    shared = [(name, kind) for name, kind in ours if name in theirs]
     if not shared:
         return 0, True
-    columns, marks = ", ".join(shared), ", ".join("?" for _ in shared)
+    columns, marks = ", ".join(name for name, _ in shared), ", ".join("?" for _ in shared)
     insert = f"INSERT OR IGNORE INTO {table} ({columns}) VALUES ({marks})"
     reader = _Reader(source, f"SELECT {columns} FROM {table} WHERE rowid BETWEEN ? AND ?")
-    names = [place for place, name in enumerate(shared) if name in ("path", "file")]
     copied = 0
     for rows in reader.rows(_last_row(source, table)):
         for row in rows:
             is_copied = False
-            if _is_whole(row, names):
+            if _is_whole(row, shared):
                 with suppress(sqlite3.IntegrityError):  # text where a number belongs
                     is_copied = bool(target.execute(insert, row).rowcount)
             copied += is_copied
@@ -184,12 +187,16 @@ def _last_row(source: sqlite3.Connection, table: str) -> int:
     return int(page_count) * 64  # rows on a page, at most: none is smaller than 64 bytes
 
 
-def _is_whole(row: tuple[Any, ...], names: Collection[int]) -> bool:
-    """Whether a row can be one that was written; `names` are the columns that hold file names.
+def _is_whole(row: tuple[Any, ...], columns: Sequence[tuple[str, type]]) -> bool:
+    """Whether a row can be one that was written, by the names and types of its columns.
 
     The last page of a file that was cut off is filled up with zeros, in the middle of its rows.
     """
-    texts = (value for value in row if isinstance(value, str))
-    return not any("\0" in text for text in texts) and not any(
-        isinstance(row[place], bytes) and b"\0" in row[place] for place in names
-    )
+    for value, (name, kind) in zip(row, columns, strict=True):
+        if value is not None and not isinstance(value, kind):
+            return False
+        if isinstance(value, str) and "\0" in value:
+            return False
+        if name in ("path", "file") and isinstance(value, bytes) and b"\0" in value:
+            return False
+    return True

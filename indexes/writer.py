@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from indexes.errors import InvalidRowsError, StoreReadOnlyError
+from indexes.errors import InvalidRowsError, StoreError, StoreReadOnlyError
 from indexes.files import absolute
 from indexes.records import KINDS, CaptionRow, IndexFile, ItemWrite, Kind, ModelSpec
 
@@ -42,12 +42,22 @@ class Writer:
     @contextmanager
     def together(self) -> Iterator[None]:
         """All calls inside are one transaction, for many small ones: a commit costs an fsync."""
-        with self._catalogue.write() as transaction:
-            self._joined = transaction
-            try:
-                yield
-            finally:
-                self._joined = None
+        fault: BaseException | None = None
+        try:
+            with self._catalogue.write() as transaction:
+                self._joined = transaction
+                try:
+                    yield
+                except BaseException as error:
+                    fault = error
+                    raise
+                finally:
+                    self._joined = None
+        except StoreError as error:
+            # What the caller's own code raised says nothing about the state of the database.
+            if fault is None or fault is error:
+                raise
+            raise fault from None
 
     @contextmanager
     def _transaction(self) -> Iterator[Transaction]:
@@ -175,7 +185,7 @@ class Writer:
     def remove(self, ids: Collection[int]) -> None:
         """Forget items with their captions and embeddings; unknown ids are ignored."""
         with self._transaction() as rows:
-            rows.remove(ids)
+            rows.remove([int(item_id) for item_id in ids])  # SQLite takes NumPy's for blobs
 
     def finish(self, *, anew: Collection[Kind] = (), all_models: bool = False) -> None:
         """Bring the FAISS files up to date, as a new generation; nothing to do is done in no time.

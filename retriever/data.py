@@ -19,6 +19,7 @@ from types import MappingProxyType
 from PIL import Image, ImageFile
 
 from retriever.captions import (
+    SIDECAR_SUFFIXES,
     CaptionRecord,
     find_caption_files,
     printable,
@@ -37,7 +38,6 @@ IMAGE_SUFFIXES = frozenset(
 
 # Besides hidden folders and `*.lib` stores: a NAS's previews, recycle bins, debris of archives.
 _SKIPPED_FOLDERS = frozenset({"@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX"})
-_SIDECAR_SUFFIXES = (".txt", ".caption")
 _DOCUMENT = re.compile(
     r"read.?me|licen[cs]e|copying|credits|notes?|changelog|index|attribution|captions?|classes"
     r"|labels?|results|requirements|.*\.token",
@@ -128,9 +128,11 @@ def merge_captions(*groups: Iterable[Caption]) -> tuple[Caption, ...]:
     COCO's 25,010) include the few captions that two annotators wrote alike.
     """
     merged: list[Caption] = []
+    known: set[str] = set()
     for group in groups:
-        known = {caption.text for caption in merged}
-        merged += [caption for caption in group if caption.text not in known]
+        fresh = [caption for caption in group if caption.text not in known]
+        merged += fresh
+        known.update(caption.text for caption in fresh)
     return tuple(merged)
 
 
@@ -163,7 +165,7 @@ def _pictures_below(root: Path, problems: list[str], strays: list[str]) -> Itera
             suffix = _suffix(entry.name)
             if suffix in IMAGE_SUFFIXES:
                 pictures.append(entry)
-            elif suffix in _SIDECAR_SUFFIXES:
+            elif suffix in SIDECAR_SUFFIXES:
                 texts.append(entry.name)
         sidecars: Mapping[str, list[str]] = {}
         if texts:
@@ -249,7 +251,7 @@ def _folders_below(root: Path, problems: list[str]) -> Iterator[tuple[str, list[
                 continue
             if not _is_folder(entry):
                 files.append(entry)
-            elif not _is_skipped(entry.name):
+            elif not is_skipped(entry.name):
                 if entry.is_symlink() and _is_reached(entry.path, real_root):
                     problems.append(
                         f"{printable(prefix + entry.name)}: a link to a folder that is read anyway"
@@ -267,7 +269,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_skipped(name: str) -> bool:
+def is_skipped(name: str) -> bool:
+    """Whether a file or folder of this name is passed over, with all that is in it."""
     return name.startswith(".") or name in _SKIPPED_FOLDERS or _suffix(name) == ".lib"
 
 
@@ -277,7 +280,7 @@ def _is_reached(link: str, real_root: Path) -> bool:
     if real_root.is_relative_to(target):
         return True
     return target.is_relative_to(real_root) and not any(
-        map(_is_skipped, target.relative_to(real_root).parts)
+        map(is_skipped, target.relative_to(real_root).parts)
     )
 
 
@@ -394,13 +397,14 @@ class CaptionIndex:
             self._by_name.setdefault(composed.rpartition("/")[2], []).append(file)
         self._by_path = composed_paths | self._by_path  # a name as it is written comes first
 
-    def _add(self, file: str, texts: Iterable[str], source: str) -> None:
-        new = (Caption(text, source) for text in texts)
-        self._captions[file] = merge_captions(self._captions.get(file, ()), new)
+    def _add(self, file: str, groups: Iterable[Iterable[str]], source: str) -> None:
+        new = ([Caption(text, source) for text in texts] for texts in groups)
+        self._captions[file] = merge_captions(self._captions.get(file, ()), *new)
 
     def _add_records(self, records: Iterable[CaptionRecord], source: str, path: Path) -> None:
         found: dict[str, list[str]] = {}
         whole: dict[str, bool] = {}  # pictures named so far, and whether by a complete record
+        wholes: dict[str, list[tuple[str, ...]]] = {}
         rows: dict[str, list[str]] = {}
         for record in records:
             if record.name not in found:
@@ -416,8 +420,9 @@ class CaptionIndex:
             if file in whole and (whole[file] or record.whole):
                 self._duplicates.append(f"{record.where}: {printable(file)}")
             whole[file] = record.whole
+            # Joined at the end: a file may hold a hundred thousand records of one picture.
             if record.whole:
-                self._add(file, record.texts, source)
+                wholes.setdefault(file, []).append(record.texts)
             else:
                 rows.setdefault(file, []).extend(record.texts)
             if record.split and self._splits.setdefault(file, record.split) != record.split:
@@ -425,8 +430,8 @@ class CaptionIndex:
                     f"{record.where}: {printable(file)} is in split {self._splits[file]!r} already,"
                     f" not in {record.split!r}"
                 )
-        for file, texts in rows.items():
-            self._add(file, texts, source)
+        for file in wholes.keys() | rows.keys():
+            self._add(file, [*wholes.get(file, ()), rows.get(file, [])], source)
 
     def _find(self, name: str, folder: Path) -> list[str]:
         """The pictures that a captions file in `folder` may mean by `name`; one if it is clear."""

@@ -8,7 +8,7 @@ from typing import Any
 from defusedxml import ElementTree  # type: ignore[import-untyped]
 from PIL import ImageFile, IptcImagePlugin
 
-from retriever.captions import clean_caption
+from retriever.captions import MAX_CAPTION_CHARS, clean_caption
 
 _IMAGE_DESCRIPTION, _XP_COMMENT, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x9C9C, 0x8769, 0x9286
 _IPTC_CAPTION = (2, 120)
@@ -47,7 +47,7 @@ def embedded_descriptions(image: ImageFile.ImageFile) -> list[tuple[str, str]]:
         try:
             for text in read(image):
                 caption = clean_caption(text)
-                if caption and not _BOILERPLATE.fullmatch(caption):
+                if 0 < len(caption) <= MAX_CAPTION_CHARS and not _BOILERPLATE.fullmatch(caption):
                     found.setdefault(caption, source)
         except Exception:
             continue

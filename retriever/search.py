@@ -115,7 +115,14 @@ class Searcher:
         scores = dict(zip(match.ids.tolist(), match.scores.tolist(), strict=True))
         captions = self._best_captions(match.ids.tolist(), row)
         return [
-            Hit(rank, scores[item.item_id], item.path, captions.get(item.item_id), item.item_id)
+            Hit(
+                rank,
+                scores[item.item_id],
+                item.path,
+                # Captions that another process replaces meanwhile were compared with no query.
+                captions.get(item.item_id, item.captions[0].text if item.captions else None),
+                item.item_id,
+            )
             for rank, item in enumerate(items, start=1)
         ]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from indexes.errors import StoreError, StoreLockedError
 from retriever.captions import may_be_captions, printable
-from retriever.data import IMAGE_SUFFIXES, _is_skipped
+from retriever.data import IMAGE_SUFFIXES, is_skipped
 from retriever.errors import MissingExtraError, RetrieverError, UsageError
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _note(changes: Iterable[tuple[int, str]], folders: Sequence[_Watched], libra
 
 def _matters(change: int, path: Path, parts: Sequence[str]) -> bool:
     """Whether a change below a folder, at `parts` from there, can change what is indexed."""
-    if any(map(_is_skipped, parts)):
+    if any(map(is_skipped, parts)):
         return False
     if path.suffix.lower() in IMAGE_SUFFIXES or may_be_captions(path.name):
         return True

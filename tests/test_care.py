@@ -455,3 +455,32 @@ def test_a_faiss_file_alone_is_mended_by_repair(store):
 def test_the_model_keeps_its_dimension(store):
     with pytest.raises(WrongModelError):
         Store.open(store.path, replace(MODEL, dim=DIM + 1), add_model=True)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "UPDATE roots SET path = 7",
+        "UPDATE roots SET indexed_at = 7",
+        "UPDATE items SET taken = 7 WHERE id = 3",
+        "UPDATE items SET file = 'text' WHERE id = 3",
+        "UPDATE items SET size = 'many' WHERE id = 3",
+        "UPDATE captions SET text = x'00' WHERE id = 3",
+        "UPDATE image_embeddings SET vector = 'text' WHERE owner_id = 3",
+    ],
+)
+def test_a_value_of_a_wrong_type_is_found_and_its_row_taken_out(store, fault):
+    fill(store, 5)
+    execute(store, fault)
+    assert any("of a wrong type" in problem for problem in store.verify())
+    store.close()
+    repair(store.path)
+    with Store.open(store.path) as again:
+        assert again.verify() == []
+        assert len(again.items(again.item_ids())) in (0, 4, 5)
+        again.root_infos()
+
+
+def test_a_fault_of_the_callers_is_not_taken_for_one_of_the_database(store):
+    with pytest.raises(ValueError, match="mine"), store.writer() as writer, writer.together():
+        raise ValueError("mine")

@@ -337,10 +337,7 @@ def test_a_picture_removed_while_captions_are_looked_for_leaves_k_answers(
     "method",
     [
         "search",
-        pytest.param(
-            "caption_ids",
-            marks=pytest.mark.xfail(strict=True, reason="captions are read in three snapshots"),
-        ),
+        "caption_ids",
     ],
 )
 def test_a_picture_told_anew_while_a_query_is_answered_is_shown_with_a_caption(
