@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 
 from indexes import catalogue as tables
 from indexes.catalogue import Catalogue
-from indexes.errors import InvalidRowsError, StoreDamagedError, StoreTooNewError
+from indexes.errors import (
+    InvalidRowsError,
+    StoreDamagedError,
+    StoreNotFoundError,
+    StoreTooNewError,
+)
 from indexes.migrations import MIGRATIONS
 from indexes.records import CaptionRow, ItemWrite, ModelSpec
 
@@ -70,7 +75,7 @@ def test_a_newer_schema_is_refused(catalogue):
         catalogue.pending_migrations()
 
 
-@pytest.mark.parametrize("content", [b"", b"SQLite format 3\0 and then nothing", b"x" * 9000])
+@pytest.mark.parametrize("content", [b"SQLite format 3\0 and then nothing", b"x" * 9000])
 def test_a_file_that_is_no_catalogue_is_refused_and_left_alone(tmp_path, content):
     path = tmp_path / "catalogue.sqlite"
     path.write_bytes(content)
@@ -78,8 +83,18 @@ def test_a_file_that_is_no_catalogue_is_refused_and_left_alone(tmp_path, content
     with pytest.raises(StoreDamagedError):
         stranger.pending_migrations()
     stranger.close()
-    if content:
-        assert path.read_bytes() == content
+    assert path.read_bytes() == content
+
+
+def test_an_empty_file_is_a_library_whose_making_was_cut_off_unless_it_has_vectors(tmp_path):
+    (tmp_path / "catalogue.sqlite").touch()
+    blank = Catalogue(tmp_path / "catalogue.sqlite")
+    with pytest.raises(StoreNotFoundError, match="never completed"):
+        blank.pending_migrations()
+    (tmp_path / "image-1-00000001.faiss").touch()
+    with pytest.raises(StoreDamagedError, match="not a catalogue of ours, or is empty"):
+        blank.pending_migrations()
+    blank.close()
 
 
 def test_somebody_elses_database_is_refused_and_left_alone(tmp_path):
