@@ -349,13 +349,17 @@ class CaptionIndex:
         in_files = self._captions.get(picture.file, ())
         if not picture.sidecars:
             return in_files
-        folder = picture.path.parent
+        prefix = picture.file[: picture.file.rfind("/") + 1]
         groups = []
         for name in picture.sidecars:
             try:
-                groups.append([Caption(text, "sidecar") for text in read_sidecar(folder / name)])
+                texts = read_sidecar(picture.root / (prefix + name))
             except CaptionError as exc:
                 self.problems.append(str(exc))
+            else:
+                groups.append(tuple(Caption(text, "sidecar") for text in texts))
+        if len(groups) == 1 and not in_files:
+            return groups[0]
         return merge_captions(*groups, in_files)
 
     def split_of(self, picture: Picture) -> str | None:
