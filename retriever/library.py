@@ -15,14 +15,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from indexes.errors import WrongModelError
 from indexes.records import ModelSpec
-from retriever.errors import FolderGoneError, UsageError
+from retriever.errors import UsageError
 from retriever.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ class Library:
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> IndexReport:
-        """Brings the library up to date with its folders; see `retriever.ingest.index_folder`.
+        """Brings the library up to date with its folders; see `retriever.ingest.index_folders`.
 
         Args:
             folders: searched recursively; a picture that cannot be read is named in the report
@@ -200,38 +199,20 @@ class Library:
                 known; nothing is removed.
             StoreLockedError: another process is writing.
         """
-        from retriever.ingest import IndexReport, index_folder
+        from retriever.ingest import index_folders
 
         places = [Path(folder) for folder in folders] or [path for _, path in self._store.roots()]
         if not places:
             raise UsageError(f"{self.path} has no folders yet: name one to index")
-        total = IndexReport()
-        for place in places:
-            try:
-                report = index_folder(
-                    self._store,
-                    lambda: self.encoder,
-                    place,
-                    captions=Path(captions).expanduser() if captions is not None else None,
-                    progress=progress,
-                    prune=prune,
-                    stop=stop,
-                )
-            except FolderGoneError as gone:
-                if len(folders) == 1:
-                    raise
-                report = IndexReport(problems=(str(gone),))
-            total = IndexReport(
-                **{
-                    part.name: getattr(total, part.name) + getattr(report, part.name)
-                    for part in fields(IndexReport)
-                    if part.name != "interrupted"
-                },
-                interrupted=report.interrupted,
-            )
-            if total.interrupted:
-                break
-        return total
+        return index_folders(
+            self._store,
+            lambda: self.encoder,
+            places,
+            captions=Path(captions).expanduser() if captions is not None else None,
+            progress=progress,
+            prune=prune,
+            stop=stop,
+        )
 
     def search(
         self,
