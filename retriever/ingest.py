@@ -12,8 +12,8 @@ keeps what it has committed and the next one goes on from there.
 A file that is no longer listed was removed only if nothing says that it may be out of sight: an
 empty folder, a link to nothing, a folder that cannot be read.
 
-What is known of a root is held in memory while its files are looked at, one after the other: 70 MB
-for 100,000 files (`benchmarks/recheck.py`).
+What is known of a root is held in memory while its files are looked at, one after the other: at
+most 70 MB for each 100,000 files, 110 MB if each has a caption (`benchmarks/recheck.py`).
 """
 
 from __future__ import annotations
