@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from indexes.catalogue import Catalogue
+from indexes.catalogue import MODEL_LOST, Catalogue
 from indexes.errors import (
     StoreDamagedError,
     StoreExistsError,
-    StoreNotFoundError,
     StoreReadOnlyError,
 )
-from indexes.files import CATALOGUE, sync
+from indexes.files import CATALOGUE, find_catalogue, sync
 from indexes.locks import locked
 from indexes.records import KINDS, Kind, ModelSpec
 from indexes.salvage import salvage
@@ -119,19 +118,36 @@ def backup(path: Path, catalogue: Catalogue, destination: Path) -> None:
             for name in names:
                 # A writer may have replaced it since; it is then made again from the copy.
                 with suppress(FileNotFoundError):
-                    shutil.copyfile(path / name, beside / name)
-                    sync(beside / name)
+                    if (path / name).is_file():
+                        shutil.copyfile(path / name, beside / name)
+                        sync(beside / name)
             copied.use_model()
+            _drop_spoilt_files(beside, copied)
             Writer(beside, copied, 0).finish(all_models=True)
         finally:
             copied.close()
         beside.rename(destination)
         sync(destination.parent)
-    except OSError as error:
+    except (OSError, StoreReadOnlyError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
         raise StoreReadOnlyError(
-            f"{destination} could not be written ({error.strerror}); the library itself is as it "
-            "was"
+            f"{destination} could not be written ({reason}); the library itself is as it was"
         ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # no half copy, as of Ctrl-C, fills the disk
+
+
+def _drop_spoilt_files(path: Path, catalogue: Catalogue) -> None:
+    with catalogue.read() as state:
+        for model_id, model in state.models().items():
+            for kind in KINDS:
+                file = state.of_model(model_id).index_file(kind)
+                if file is not None:
+                    where = path / file.name
+                    try:
+                        VectorIndex.load(where, dim=model.dim, rows=file.rows, stamp=file.stamp)
+                    except IndexFileError:
+                        where.unlink(missing_ok=True)
 
 
 def repair(path: Path) -> list[str]:
@@ -144,8 +160,7 @@ def repair(path: Path) -> list[str]:
     Raises StoreNotFoundError, StoreTooNewError, StoreLockedError, StoreReadOnlyError, and
     StoreDamagedError if nothing of the catalogue can be read.
     """
-    if not (path / CATALOGUE).is_file():
-        raise StoreNotFoundError(f"there is no library at {path}")
+    find_catalogue(path)
     with locked(path):
         done = list(_mend_database(path))
         catalogue = Catalogue(path / CATALOGUE)
@@ -153,10 +168,7 @@ def repair(path: Path) -> list[str]:
             if catalogue.pending_migrations():
                 catalogue.migrate()
             if catalogue.use_model() is None:
-                raise StoreDamagedError(
-                    f"{path} no longer says which model made it: restore a backup, or remove the "
-                    "library and index again"
-                )
+                raise StoreDamagedError(f"{path} {MODEL_LOST}")
             done += _mend_rows(path, catalogue)
             done += _mend_files(path, catalogue)
         finally:

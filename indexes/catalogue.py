@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -202,9 +202,7 @@ class Catalogue:
             is_blank = not applied and not sa.inspect(connection).get_table_names()
         # With a FAISS file beside it, it had been complete once.
         if is_blank and not create and not any(self.path.parent.glob("*.faiss")):
-            raise StoreNotFoundError(
-                f"the library at {self.path.parent} was never completed: create it"
-            )
+            raise StoreNotFoundError(f"the library at {self.path.parent} was never completed")
         if not applied and not create:
             raise StoreDamagedError(
                 f"{self.path} is not a catalogue of ours, or is empty; {_WAY_OUT}"
@@ -294,24 +292,52 @@ class Catalogue:
         self.model_id, model = found
         return model
 
+    def is_used(self) -> bool:
+        """Whether anything was ever indexed."""
+        with self.read() as rows:
+            return bool(rows.roots())
+
     def _connect_read_only(self) -> sqlite3.Connection:
         # SQLite can read a database in WAL mode only beside its -wal and -shm files, which it
-        # cannot make where it may not write. With nothing in the log the file alone is the whole
-        # truth and may be called immutable; decided anew for each snapshot, so that a writer
-        # elsewhere, with more rights than ours, is seen.
+        # cannot make where it may not write, nor on a full disk. With nothing in the log the file
+        # alone is the whole truth and may be called immutable; decided anew for each snapshot, so
+        # that a writer elsewhere, with more rights than ours, is seen.
         log = self.path.with_name(self.path.name + "-wal")
-        alone = not may_write(self.path.parent) and not (log.exists() and log.stat().st_size)
-        uri = self.path.absolute().as_uri() + "?mode=ro" + ("&immutable=1" if alone else "")
-        return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+        has_log = log.exists() and log.stat().st_size > 0
+        uri = self.path.absolute().as_uri() + "?mode=ro"
+        connection = None
+        if has_log or may_write(self.path.parent):
+            connection = sqlite3.connect(
+                uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False
+            )
+            try:
+                connection.execute("SELECT 1 FROM sqlite_master")
+            except sqlite3.OperationalError as error:
+                is_refused = error.sqlite_errorname.startswith(_REFUSALS)
+                connection.close()
+                if has_log or not is_refused:
+                    raise
+                connection = None
+        return connection or sqlite3.connect(
+            uri + "&immutable=1", uri=True, timeout=BUSY_SECONDS, check_same_thread=False
+        )
 
     def _on_connect(self, connection: sqlite3.Connection, _record: object) -> None:
         connection.isolation_level = None  # BEGIN is ours: see _on_begin
         connection.execute("PRAGMA foreign_keys = ON")
-        if not self.read_only:
+        tables = connection.execute(
+            "SELECT name FROM sqlite_master WHERE type = 'table'"
+        ).fetchall()
+        is_ours = not tables or (schema_migrations.name,) in tables
+        if not self.read_only and is_ours:  # the mode is written into the file
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")  # a commit survives a power cut
 
 
+MODEL_LOST = (
+    "no longer says which model made it: restore a backup, or remove the library and index again"
+)
+_REFUSALS = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_READONLY")
 _WAY_OUT = (
     "`retriever repair` saves what can be read; or restore a backup, or remove the library and "
     "index again"
@@ -782,8 +808,16 @@ class Transaction(Snapshot):
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """What is written inside is undone if the block raises, and nothing else."""
-        with _translated(self._path), self._connection.begin_nested():
-            yield
+        with _translated(self._path):
+            nested = self._connection.begin_nested()
+            try:
+                yield
+            except BaseException:
+                # On a full disk SQLite undoes the whole transaction, and there is no savepoint.
+                with suppress(sa.exc.OperationalError):
+                    nested.rollback()
+                raise
+            nested.commit()
 
     def add_model(self, model: ModelSpec) -> int:
         """Id of the model, made if absent; the first one becomes the default."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from indexes.errors import StoreDamagedError, StoreNotFoundError, StoreReadOnlyError
+
 CATALOGUE = "catalogue.sqlite"
 LOCK = "writer.lock"
 
@@ -12,6 +14,27 @@ LOCK = "writer.lock"
 def absolute(path: Path) -> Path:
     """`path` from the root of the file system, links not followed: a root is where it was named."""
     return Path(os.path.abspath(path))  # noqa: PTH100 (Path.resolve would follow links)
+
+
+def find_catalogue(folder: Path) -> Path:
+    """The catalogue in a store's folder; raises StoreNotFoundError, StoreDamagedError."""
+    file = folder / CATALOGUE
+    if file.is_file():
+        return file
+    if any(folder.glob("*.faiss")):
+        raise StoreDamagedError(
+            f"{file} is missing, and the other files are nothing without it: restore a backup, "
+            "or remove the library and index again"
+        )
+    raise StoreNotFoundError(f"there is no library at {folder}")
+
+
+def check_there(folder: Path) -> None:
+    """Raise StoreReadOnlyError if the folder of an open store is gone."""
+    if not folder.is_dir():
+        raise StoreReadOnlyError(
+            f"{folder} is gone: was it moved, removed or unmounted while it was open?"
+        )
 
 
 def may_write(path: Path) -> bool:

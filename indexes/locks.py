@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from indexes.errors import StoreLockedError, StoreReadOnlyError
-from indexes.files import LOCK
+from indexes.files import LOCK, check_there
 
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
@@ -31,9 +31,7 @@ class WriterLock:
         try:
             self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise StoreReadOnlyError(
-                f"{path.parent} cannot be written ({error.strerror}); searching it still works"
-            ) from error
+            raise _refusal(path.parent, error) from error
         try:
             _lock(self._handle)
         except OSError as error:
@@ -48,8 +46,12 @@ class WriterLock:
             "host": socket.gethostname(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        os.ftruncate(self._handle, 0)
-        os.write(self._handle, json.dumps(note).encode())
+        try:
+            os.ftruncate(self._handle, 0)
+            os.write(self._handle, json.dumps(note).encode())
+        except OSError as error:  # a disk without room for the note has none for anything else
+            self.forget()
+            raise _refusal(path.parent, error) from error
         _held.add(self)
 
     def release(self) -> None:
@@ -74,6 +76,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _refusal(folder: Path, error: OSError) -> StoreReadOnlyError:
+    check_there(folder)
+    return StoreReadOnlyError(
+        f"{folder} cannot be written ({error.strerror}); searching it still works"
+    )
 
 
 def _describe(note: bytes) -> str:

@@ -28,13 +28,14 @@ from numpy.typing import NDArray
 
 from indexes.errors import (
     InvalidRowsError,
+    StoreDamagedError,
     StoreExistsError,
     StoreLockedError,
     StoreNotFoundError,
     StoreReadOnlyError,
     WrongModelError,
 )
-from indexes.files import CATALOGUE, LOCK, absolute, may_write
+from indexes.files import CATALOGUE, LOCK, absolute, find_catalogue, may_write
 from indexes.locks import locked
 from indexes.records import (
     KINDS,
@@ -105,6 +106,7 @@ class Store:
         self.model = model
         self._catalogue = catalogue
         self._read_only = read_only
+        self._hindrance: str | None = None  # why it is, unless that was asked for
         self._galleries: dict[Kind, _Gallery] = {}
         self._guard = threading.Lock()
 
@@ -164,20 +166,34 @@ class Store:
             path: the store's folder.
             model: the encoder that will be used; None is the store's default.
             add_model: take up a model that the store does not have, beside its others.
-            read_only: never write, not even to mend FAISS files; None finds out by permissions.
+            read_only: never write, not even to mend FAISS files; None finds out by permissions,
+                and by trying: what cannot be written, as on a full disk, can still be searched.
 
         Raises:
             StoreNotFoundError, StoreDamagedError, StoreTooNewError, WrongModelError,
             StoreLockedError, StoreReadOnlyError.
         """
-        from indexes.catalogue import Catalogue
-
         path = absolute(path)
-        file = path / CATALOGUE
-        if not file.is_file():
-            raise StoreNotFoundError(f"there is no library at {path}")
-        if read_only is None:
-            read_only = not (may_write(path) and may_write(file))
+        file = find_catalogue(path)
+        if read_only is not None:
+            return cls._open(file, model, add_model, read_only)
+        if not (may_write(path) and may_write(file)):
+            return cls._open(file, model, add_model, True)
+        try:
+            return cls._open(file, model, add_model, False)
+        except StoreReadOnlyError as error:
+            try:
+                store = cls._open(file, model, add_model, True)
+            except StoreReadOnlyError:
+                raise error from None
+            store._hindrance = str(error)
+            return store
+
+    @classmethod
+    def _open(cls, file: Path, model: ModelSpec | None, add_model: bool, read_only: bool) -> Store:
+        from indexes.catalogue import MODEL_LOST, Catalogue
+
+        path = file.parent
         catalogue = Catalogue(file, read_only=read_only)
         try:
             if catalogue.pending_migrations():
@@ -189,8 +205,10 @@ class Store:
                 with locked(path):
                     catalogue.migrate()
             default = catalogue.use_model()
+            if default is None and catalogue.is_used():
+                raise StoreDamagedError(f"{path} {MODEL_LOST}")
             if default is None:
-                raise StoreNotFoundError(f"the library at {path} was never completed: create it")
+                raise StoreNotFoundError(f"the library at {path} was never completed")
             found = default if model is None else catalogue.use_model(model.fingerprint)
             if found is None and model is not None and add_model:
                 if read_only:
@@ -242,7 +260,7 @@ class Store:
         to date. Raises StoreLockedError naming the other writer, StoreReadOnlyError.
         """
         if self._read_only:
-            raise StoreReadOnlyError(f"{self.path} is opened for reading only")
+            raise StoreReadOnlyError(self._hindrance or f"{self.path} is opened for reading only")
         with locked(self.path):
             yield Writer(self.path, self._catalogue, self.model.dim)
 
@@ -417,9 +435,10 @@ class Store:
 
     def _size_bytes(self) -> int:
         size_bytes = 0
-        for path in self.path.iterdir():
-            with suppress(OSError):  # a writer took an older file away
-                size_bytes += path.stat().st_size
+        with suppress(OSError):  # the folder itself is gone
+            for path in self.path.iterdir():
+                with suppress(OSError):  # a writer took an older file away
+                    size_bytes += path.stat().st_size
         return size_bytes
 
     def verify(self) -> list[str]:

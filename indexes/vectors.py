@@ -86,7 +86,7 @@ class VectorIndex:
                 os.fsync(file.fileno())
                 size = file.tell()
             beside.replace(path)
-        except OSError:
+        except BaseException:
             with suppress(OSError):  # a full disk must not stay full of our half file
                 beside.unlink()
             raise
@@ -95,15 +95,15 @@ class VectorIndex:
 
     def _write(self, file: BinaryIO) -> str:
         digest = xxhash.xxh3_128()
-        failure: list[OSError] = []
+        failure: list[BaseException] = []
 
         def write(chunk: bytes) -> int:
             try:
                 file.write(chunk)
-            except OSError as error:  # FAISS would hide the reason behind its own error
+                digest.update(chunk)
+            except BaseException as error:  # FAISS would hide the reason, or Ctrl-C, behind its own
                 failure.append(error)
                 return 0
-            digest.update(chunk)
             return len(chunk)
 
         try:
@@ -123,13 +123,15 @@ class VectorIndex:
         Raises IndexFileError.
         """
         try:
+            if not path.is_file() and path.exists():  # a pipe would be waited for
+                raise IndexFileError(f"{path.name} is no file")
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != stamp.size_bytes:
                     raise IndexFileError(f"{path.name} has {size} bytes, not {stamp.size_bytes}")
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise IndexFileError(f"{path.name} cannot be read: {error}") from error
+        except OSError as error:
+            raise IndexFileError(f"{path.name} cannot be read ({error.strerror})") from error
         content = np.frombuffer(mapped, dtype=np.uint8)
         checksum = xxhash.xxh3_128_hexdigest(mapped)
         if checksum != stamp.checksum:

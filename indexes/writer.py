@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.errors import InvalidRowsError, StoreError, StoreReadOnlyError
-from indexes.files import absolute
+from indexes.files import absolute, check_there
 from indexes.records import KINDS, CaptionRow, IndexFile, ItemWrite, Kind, ModelSpec
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ class Writer:
         try:
             stamp = index.save(self._path / name)
         except OSError as error:
+            check_there(self._path)
             raise StoreReadOnlyError(
                 f"{self._path / name} could not be written ({error.strerror}); nothing "
                 "is lost, searches go on without it, only slower"
