@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -50,6 +51,8 @@ IN_CHUNK = 500
 MAX_DIM = 1 << 16
 # Vectors read at a time while building an index: 4096 x 512-d are 4 MiB.
 VECTOR_CHUNK = 4096
+# Rows fetched at a time where all of a table are: they take more memory than what is made of them.
+ROW_CHUNK = 1000
 
 metadata = sa.MetaData()
 _key = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
@@ -455,6 +458,10 @@ class Snapshot:
     def _all(self, statement: sa.Select[Any]) -> Sequence[Any]:
         return self._connection.execute(statement).all()
 
+    def _each(self, statement: sa.Select[Any]) -> Iterator[Any]:
+        options = {"yield_per": ROW_CHUNK}
+        yield from self._connection.execute(statement, execution_options=options)
+
     def _chunked(
         self, statement: sa.Select[Any], column: sa.ColumnElement[Any], values: Iterable[Any]
     ) -> Iterator[Any]:
@@ -569,7 +576,7 @@ class Snapshot:
             items.c.status,
         )
         known = {}
-        for item_id, name, size, mtime_ns, content_hash, status in self._all(
+        for item_id, name, size, mtime_ns, content_hash, status in self._each(
             sa.select(*columns).where(items.c.root_id == root_id).order_by(items.c.file)
         ):
             file = os.fsdecode(name)
@@ -649,8 +656,9 @@ class Snapshot:
 
     def _captions_by_item(self, statement: sa.Select[Any]) -> dict[int, tuple[CaptionRow, ...]]:
         gathered: dict[int, list[CaptionRow]] = {}
-        for row in self._all(statement.order_by(captions.c.item_id, captions.c.position)):
-            gathered.setdefault(row.item_id, []).append(CaptionRow(row.text, row.source))
+        for row in self._each(statement.order_by(captions.c.item_id, captions.c.position)):
+            caption = CaptionRow(row.text, sys.intern(row.source))  # of thousands, few differ
+            gathered.setdefault(row.item_id, []).append(caption)
         return {item_id: tuple(texts) for item_id, texts in gathered.items()}
 
     def captions(self, caption_ids: Collection[int]) -> dict[int, tuple[int, CaptionRow]]:

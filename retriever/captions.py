@@ -15,6 +15,7 @@ as its window holds, while the whole text is stored and shown.
 import ast
 import codecs
 import csv
+import errno
 import io
 import json
 import os
@@ -196,16 +197,28 @@ def _is_file(path: Path) -> bool:
 def _read_utf8(path: Path, limit: int, what: str) -> str:
     """The text of a file of at most `limit` bytes, which is said to be too large for `what`."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for whoever writes to it
-            raise CaptionError(f"{printable(path)}: not a regular file")
-        if status.st_size > limit:
-            raise CaptionError(
-                f"{printable(path)}: over {limit // 1_000_000} MB, too large for {what}"
-            )
-        data = path.read_bytes()
+        # Opening a pipe would wait for whoever writes to it, if it were not told otherwise.
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise CaptionError(f"{printable(path)}: not a regular file")
+            if status.st_size > limit:
+                raise CaptionError(
+                    f"{printable(path)}: over {limit // 1_000_000} MB, too large for {what}"
+                )
+            data = os.read(handle, status.st_size + 1)
+            if len(data) < status.st_size:  # one call gives 2 GB at most, over some networks less
+                with open(handle, "rb", closefd=False) as file:
+                    data += file.read(limit)
+        finally:
+            os.close(handle)
     except OSError as exc:
-        raise CaptionError(f"{printable(path)}: {exc.strerror}") from exc
+        is_socket = exc.errno == errno.ENXIO
+        reason = "not a regular file" if is_socket else exc.strerror
+        raise CaptionError(f"{printable(path)}: {reason}") from exc
     # Without its mark, UTF-16 of Latin text is valid UTF-8 with a NUL beside every letter.
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
         raise CaptionError(f"{printable(path)}:1: UTF-16 text; save the file as UTF-8")

@@ -177,10 +177,11 @@ def _pictures_below(root: Path, problems: list[str], strays: list[str]) -> Itera
             except OSError as exc:
                 problems.append(f"{printable(prefix + entry.name)}: {exc.strerror}")
                 continue
-            if stat.S_ISREG(status.st_mode):
-                beside = tuple(sidecars.get(entry.name, ()))
-                file = prefix + entry.name
-                yield Picture(root, file, status.st_size, status.st_mtime_ns, beside)
+            if not stat.S_ISREG(status.st_mode):  # a pipe, a socket, a device
+                problems.append(f"{printable(prefix + entry.name)}: not a regular file")
+                continue
+            beside = tuple(sidecars.get(entry.name, ()))
+            yield Picture(root, prefix + entry.name, status.st_size, status.st_mtime_ns, beside)
 
 
 def _match_sidecars(
