@@ -5,11 +5,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SOME_FILES_FAILED = 3
 Command = Callable[..., None]
+Handler = Callable[[int, FrameType | None], None]
 
 
 class WrongUsage(click.ClickException):
@@ -38,6 +41,27 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command; see `click.Group.invoke`."""
+        caught: list[int] = []
+
+        def on_signal(number: int, _frame: object) -> None:
+            caught.append(number)
+            raise KeyboardInterrupt
+
+        with _signals(on_signal):
+            try:
+                return self._run(ctx)
+            except click.exceptions.Exit:
+                raise
+            except (KeyboardInterrupt, Exception) as exc:
+                # A module in C that is being imported makes its own error of a Ctrl-C.
+                if not caught and not isinstance(exc, KeyboardInterrupt):
+                    raise
+                # Every writer commits as it goes, so there is nothing to clean up here.
+                kept = ctx.meta.get("kept", "Nothing was changed.")
+                click.echo(f"\nInterrupted. {kept}", err=True)
+                ctx.exit(128 + (caught[-1] if caught else signal.SIGINT))
+
+    def _run(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except UsageError as exc:
@@ -52,10 +76,6 @@ class Commands(click.Group):
             if exc.filename is None:
                 raise
             raise click.ClickException(f"{exc.filename}: {exc.strerror}") from exc
-        except KeyboardInterrupt:
-            # Every writer commits as it goes, so there is nothing to clean up here.
-            click.echo(f"\nInterrupted. {ctx.meta.get('kept', 'Nothing was changed.')}", err=True)
-            ctx.exit(128 + signal.SIGINT)
 
 
 def if_interrupted(kept: str) -> None:
@@ -214,20 +234,38 @@ def stopping(on_stop: Callable[[], None] = lambda: None) -> Iterator[Callable[[]
     """
     caught: list[int] = []
 
-    def on_signal(number: int, _frame: object) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         if caught:
+            at_once = before.get(number)
+            if callable(at_once):
+                at_once(number, frame)
             raise KeyboardInterrupt
         caught.append(number)
         on_stop()
         # Not through a stream of Python's, which may be in the middle of a line.
         os.write(2, b"\nStopping after the batch in hand; once more stops at once.\n")
 
-    before = {one: signal.signal(one, on_signal) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _signals(on_signal) as before:
         yield lambda: caught[0] if caught else 0
+
+
+@contextmanager
+def _signals(handler: Handler) -> Iterator[Mapping[int, Any]]:
+    """Has `handler` get SIGINT and SIGTERM, unless they are ignored; gives the handlers before.
+
+    Only the main thread may do that; in any other nothing happens.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            # A job in the background of a script ignores the Ctrl-C that is for the one in front.
+            if signal.getsignal(one) not in (signal.SIG_IGN, None):
+                before[one] = signal.signal(one, handler)
+    try:
+        yield before
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, was in before.items():
+            signal.signal(number, was)
 
 
 def print_index_report(report: "IndexReport", library: Path, seconds: float, as_json: bool) -> None:

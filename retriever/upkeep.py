@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from retriever.ingest import IndexReport
 
 ANY_PATH = click.Path(path_type=Path)
+ALL_OR_NOTHING = "Either all of it is forgotten or nothing: `retriever roots` counts the pictures."
 
 
 def add_to(main: click.Group) -> None:
@@ -57,6 +58,7 @@ def remove(paths: tuple[Path, ...], library_path: Path, as_json: bool) -> None:
       retriever remove ~/Pictures/2019 ~/Pictures/2020
     """
     with open_library(library_path) as library:
+        if_interrupted(ALL_OR_NOTHING)
         removed = library.remove(paths)
     if as_json:
         print_json({"removed": removed})
@@ -133,6 +135,7 @@ def forget_root(library_path: Path, folder: Path) -> None:
       retriever roots forget /mnt/lost-drive
     """
     with open_library(library_path) as library:
+        if_interrupted(ALL_OR_NOTHING)
         removed = library.forget_root(folder)
         click.echo(f"{removed:,} pictures of {shown(folder)} are forgotten")
 

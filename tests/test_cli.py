@@ -2,19 +2,14 @@
 
 import json
 import os
-import signal
-import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from conftest import paint
-from PIL import Image
 from tiny_models import write_checkpoint
 
 import cli
@@ -255,47 +250,6 @@ def test_captions_from_elsewhere_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "new.lib"
     assert run("index", folder, "--captions", table, library=path).exit_code == 0
     assert "as red as can be" in run("search", "red", library=path).stdout
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no SIGINT to another process")
-def test_interrupted_run_keeps_what_it_did_and_the_next_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    count = 256
-    for number in range(count):
-        noise = rng.integers(0, 256, (4, 4, 3), np.uint8)
-        Image.fromarray(noise).save(folder / f"{number:03}.png")
-    path = tmp_path / "new.lib"
-    command = [sys.executable, "-m", "cli", "index", str(folder), "--library", str(path)]
-    # A process started in the background may have been told to ignore SIGINT, and hands that on.
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 120
-    while _committed(path) < 32 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    kept = _committed(path)
-    assert process.returncode == 130
-    assert 32 <= kept < count
-    assert "Interrupted" in said
-    assert str(path) in said
-    (record,) = lines(run("index", folder, "--json", library=path))
-    assert (record["added"], record["unchanged"]) == (count - kept, kept)
-
-
-def _committed(library: Path) -> int:
-    """Items in the catalogue as another process sees them; 0 while there is no table yet."""
-    try:
-        with sqlite3.connect(f"file:{library / 'catalogue.sqlite'}?mode=ro", uri=True) as database:
-            return int(database.execute("SELECT count(*) FROM items").fetchone()[0])
-    except sqlite3.OperationalError:
-        return 0
 
 
 # ── search, caption ──────────────────────────────────────────────────────────────────────────────
