@@ -465,6 +465,8 @@ def without_rights(*paths: Path) -> Iterator[None]:
     if as_root:
         os.seteuid(NOBODY)
     try:
+        if not os.access(MINI_FOLDER / "image.onnx", os.R_OK, effective_ids=True):
+            pytest.skip("the program itself lies where only root may look")
         yield
     finally:
         if as_root:
@@ -507,6 +509,7 @@ def test_a_read_only_library_is_searched_and_copied_and_refuses_to_be_written(
     assert rows(public / "out" / "backup") == rows(library)
 
 
+@pytest.mark.usefixtures("indexed")  # loads what nobody else may load
 def test_pictures_that_may_only_be_read_are_indexed_and_nothing_is_written_there(
     pictures: Path, public: Path
 ) -> None:
@@ -890,8 +893,8 @@ def test_a_config_that_says_something_else_than_before_is_another_model(
     then = json.loads(run("info", "--json", library=library).stdout)["model"]["fingerprint"][:12]
     for part, key, value in (
         (config, "dim", 512),
-        (config["image"], "size", 10**9),
-        (config["text"], "max_tokens", -1),
+        (config["image"], "size", 256),
+        (config["text"], "max_tokens", 32),
     ):
         kept, part[key] = part[key], value
         _replace(model / "config.json", json.dumps(config).encode())
