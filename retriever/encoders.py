@@ -46,6 +46,8 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 
+# What a config may say: more would be believed only to ask for all memory.
+LIMITS = {"dim": 1 << 16, "size": 4096, "max_tokens": 1 << 16}
 # Rows of one run through a tower: large enough for the matrix products, small in memory.
 IMAGE_BATCH = 32
 TEXT_BATCH = 64
@@ -168,9 +170,13 @@ class OnnxEncoder:
     def _tokenizer(self) -> "Tokenizer":
         from tokenizers import Tokenizer
 
-        return _without_padding(
-            Tokenizer.from_buffer(self._checked_file("tokenizer.json")), self.max_text_tokens
-        )
+        contents = self._checked_file("tokenizer.json")
+        try:
+            return _without_padding(Tokenizer.from_buffer(contents), self.max_text_tokens)
+        except Exception as exc:  # what tokenizers raises shares no base but Exception
+            raise EncoderError(
+                f"{self.folder / 'tokenizer.json'} is no tokenizer: {first_line(exc)}"
+            ) from exc
 
     @cached_property
     def _image_session(self) -> Any:
@@ -185,7 +191,7 @@ class OnnxEncoder:
         rows = [np.empty((0, self.dim), np.float32)]
         for batch in batches(images, IMAGE_BATCH):
             pixels = _stacked_pixels(batch, self.config["image"])
-            rows += self._image_session.run(["embeddings"], {"pixels": pixels})
+            rows.append(self._run("image.onnx", self._image_session, {"pixels": pixels}))
         return checked_embeddings(np.concatenate(rows), len(images), self.dim, self.name)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
@@ -193,8 +199,7 @@ class OnnxEncoder:
 
         def run(input_ids: Array, mask: Array) -> Array:
             feed = {"input_ids": input_ids, "attention_mask": mask}
-            rows: Array = self._text_session.run(["embeddings"], feed)[0]
-            return rows
+            return self._run("text.onnx", self._text_session, feed)
 
         embeddings = _encode_by_length(token_ids(self._tokenizer, texts), self.dim, run)
         return checked_embeddings(embeddings, len(texts), self.dim, self.name)
@@ -223,6 +228,17 @@ class OnnxEncoder:
         if digest(contents) != self.config["files"].get(file):
             raise EncoderError(f"{path} is not the file that config.json describes: {_WAY_OUT}")
         return contents
+
+    def _run(self, file: str, session: Any, feed: Mapping[str, Array]) -> Array:
+        """One run of a tower: (b, d) rows for b inputs."""
+        try:
+            rows: Array = session.run(["embeddings"], feed)[0]
+        except Exception as exc:  # see _session
+            raise EncoderError(f"{self.folder / file} cannot be run: {first_line(exc)}") from exc
+        n = len(next(iter(feed.values())))
+        if rows.shape != (n, self.dim):
+            raise EncoderError(f"{self.folder / file} answers {rows.shape}, not {(n, self.dim)}")
+        return rows
 
     def _session(self, file: str) -> Any:
         import onnxruntime  # type: ignore[import-untyped]
@@ -374,8 +390,10 @@ def read_config(folder: Path) -> dict[str, Any]:
             (config["files"], "tokenizer.json", str),
         )
         for part, key, kind in wanted:
-            if not isinstance(part[key], kind):
+            if not isinstance(part[key], kind) or isinstance(part[key], bool):
                 raise EncoderError(f"{path}: {key!r} is no {kind.__name__}: {_WAY_OUT}")
+            if key in LIMITS and not 1 <= part[key] <= LIMITS[key]:
+                raise EncoderError(f"{path}: {key!r} must be from 1 to {LIMITS[key]:,}: {_WAY_OUT}")
         for key, known in (("resize", RESIZE_MODES), ("interpolation", tuple(INTERPOLATIONS))):
             if config["image"][key] not in known:
                 raise EncoderError(f"{path}: {key!r} must be one of {', '.join(known)}")
@@ -383,8 +401,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise EncoderError(f"{folder} holds no model: config.json cannot be read") from exc
     except KeyError as exc:
         raise EncoderError(f"{path} lacks {exc.args[0]!r}: {_WAY_OUT}") from exc
-    except (ValueError, TypeError) as exc:
-        raise EncoderError(f"{path} is not the description of a model: {exc}") from exc
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise EncoderError(f"{path} is not the description of a model: {first_line(exc)}") from exc
     return config
 
 

@@ -911,3 +911,69 @@ def test_a_config_that_says_something_else_than_before_is_another_model(
     _replace(model / "config.json", json.dumps({"name": "x", "dim": 384}).encode())
     refuse(run("search", "red", library=library), "model config lacks a part", model=model)
     assert not Path(BOMBED).exists()
+
+
+def _is_refused(pictures: Path, model: Path, library: Path) -> str:
+    """What is said of a model that no library has been made with yet."""
+    result = run("index", pictures, "--model", model, library=library)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("Error: ").strip()
+
+
+def test_a_config_that_lies_is_found_out_before_anything_is_made(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    text = (model / "config.json").read_text()
+    way_out = "export or install the model again"
+    for place, (part, key, value, most) in enumerate(
+        (
+            ("", "dim", 10**12, "65,536"),
+            ("", "dim", -1, "65,536"),
+            ("image", "size", 10**9, "4,096"),
+            ("image", "size", 0, "4,096"),
+            ("text", "max_tokens", -1, "65,536"),
+        )
+    ):
+        config = json.loads(text)
+        (config[part] if part else config)[key] = value
+        _replace(model / "config.json", json.dumps(config).encode())
+        library = tmp_path / f"{place}.lib"
+        expected = f"{model}/config.json: {key!r} must be from 1 to {most}: {way_out}"
+        assert _is_refused(pictures, model, library) == expected
+        assert not library.exists()
+    _replace(model / "config.json", b"[" * 100_000)
+    start = f"{model}/config.json is not the description of a model: "
+    assert _is_refused(pictures, model, tmp_path / "deep.lib").startswith(start)
+
+
+def test_a_config_that_does_not_fit_its_towers_is_found_out_when_they_run(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    text = (model / "config.json").read_text()
+    for part, key, value, said in (
+        ("", "dim", 512, f"{model}/image.onnx answers (4, 384), not (4, 512)"),
+        ("image", "size", 100, f"{model}/image.onnx cannot be run: "),
+    ):
+        config = json.loads(text)
+        (config[part] if part else config)[key] = value
+        _replace(model / "config.json", json.dumps(config).encode())
+        assert _is_refused(pictures, model, tmp_path / f"{key}.lib").startswith(said)
+
+
+@pytest.mark.parametrize("file", ["image.onnx", "text.onnx", "tokenizer.json"])
+def test_a_model_file_that_is_none_is_refused_although_its_digest_fits(
+    model: Path, pictures: Path, tmp_path: Path, file: str
+) -> None:
+    from retriever.encoders import digest
+
+    config = json.loads((model / "config.json").read_text())
+    content = (model / file).read_bytes()
+    what = "is no tokenizer: " if file == "tokenizer.json" else "cannot be run: "
+    for place, other in enumerate((content[: len(content) // 2], b"", pickle.dumps(_Bomb()))):
+        _replace(model / file, other)
+        config["files"][file] = digest(other)
+        _replace(model / "config.json", json.dumps(config).encode())
+        said = _is_refused(pictures, model, tmp_path / f"{place}.lib")
+        assert said.startswith(f"{model}/{file} {what}")
+    assert not Path(BOMBED).exists()

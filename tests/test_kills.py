@@ -88,7 +88,7 @@ SABOTAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
         _sql(CASCADE, "DELETE FROM captions WHERE id = (SELECT max(id) FROM captions)"),
     ),
     "a lost library": ("lost", shutil.rmtree),
-    "a lost table": ("wrong", _sql("DROP TABLE caption_embeddings")),
+    "an emptied table": ("lost", _sql(CASCADE, "DELETE FROM items")),
     "a row too many": (
         "wrong",
         _sql(f"INSERT INTO items SELECT 999, root_id, CAST('no.png' AS BLOB), {ADDED}"),
@@ -140,7 +140,13 @@ def test_the_harness_notices(trial: Path, lived: tuple[Path, Undisturbed], what:
 
 
 @pytest.mark.parametrize(
-    "statement", [LOSE_VECTOR, SWAP_VECTOR, "UPDATE store_info SET generation = 0"]
+    "statement",
+    [
+        LOSE_VECTOR,
+        SWAP_VECTOR,
+        "UPDATE store_info SET generation = 0",
+        "DROP TABLE caption_embeddings",
+    ],
 )
 def test_what_repair_brings_back_is_counted_and_is_no_fault(
     trial: Path, lived: tuple[Path, Undisturbed], statement: str
