@@ -99,30 +99,25 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
-def run_index(store: Store, folder: Path, batch_size: int) -> tuple[IndexReport, float, int]:
-    """The report of one run, its seconds, and the batches that it committed."""
+def run_here(library: Path, folder: Path) -> dict[str, float]:
+    """One run, measured in the process that calls it, which should have done nothing before."""
     batches = 0
 
     def count(done: int, total: int) -> None:
         nonlocal batches
         batches += done > 0
 
-    started = time.perf_counter()
-    report = index_folder(store, ColourEncoder, folder, batch_size=batch_size, progress=count)
-    return report, time.perf_counter() - started, batches
-
-
-def check_again(library: Path, folder: Path) -> dict[str, float]:
-    """Measured in the process that calls it, which should have done nothing else before."""
     with Store.open(library, MODEL) as store:
-        before = peak_mb()
-        cpu = time.process_time()
-        report, seconds, batches = run_index(store, folder, Settings().batch_size)
-        cpu = time.process_time() - cpu
-    assert report == IndexReport(unchanged=report.unchanged), report
-    assert batches == 0
+        before, cpu, started = peak_mb(), time.process_time(), time.perf_counter()
+        report = index_folder(
+            store, ColourEncoder, folder, batch_size=Settings().batch_size, progress=count
+        )
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    assert report == IndexReport(added=report.added, unchanged=report.unchanged), report
     return {
-        "pictures": report.unchanged,
+        "added": report.added,
+        "unchanged": report.unchanged,
+        "batches": batches,
         "seconds": seconds,
         "cpu_seconds": cpu,
         "peak_mb_before": before,
@@ -145,23 +140,27 @@ def measure(
     """The first run over a new folder, and the checks after it."""
     folder, library = home / "pictures", home / "recheck.lib"
     make_pictures(folder, pictures, captioned_every, settings)
-    with Store.create(library, MODEL) as store:
-        report, seconds, batches = run_index(store, folder, settings.batch_size)
-    assert report == IndexReport(added=pictures), report
-    say(f"{pictures:,} pictures: first run {seconds:.0f} s")
-    command = [sys.executable, __file__, "--check", str(library), str(folder)]
-    checks = [
-        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        for _ in range(settings.runs)
-    ]
+    Store.create(library, MODEL).close()
+    command = [sys.executable, __file__, "--run", str(library), str(folder)]
+
+    def run() -> dict[str, float]:
+        found: dict[str, float] = json.loads(subprocess.check_output(command))
+        return found
+
+    first = run()
+    assert first["added"] == pictures, first
+    say(f"{pictures:,} pictures: first run {first['seconds']:.0f} s")
+    checks = [run() for _ in range(settings.runs)]
+    assert all((one["unchanged"], one["batches"]) == (pictures, 0) for one in checks), checks
     rates = [pictures / check["seconds"] for check in checks]
     return {
         "pictures": pictures,
         "captions": len(range(0, pictures, captioned_every)),
         "first_run": {
-            "seconds": round(seconds, 1),
-            "batches": batches,
-            "pictures_per_second": round(pictures / seconds),
+            "seconds": round(first["seconds"], 1),
+            "batches": first["batches"],
+            "pictures_per_second": round(pictures / first["seconds"]),
+            "peak_mb": round(first["peak_mb"], 1),
         },
         "check": {
             "pictures_per_second": round(median(rates)),
@@ -175,19 +174,19 @@ def measure(
     }
 
 
-def mb_per_100_000(smaller: dict[str, Any], larger: dict[str, Any]) -> float:
-    """Slope of the peak memory between two sizes."""
-    grown = larger["check"]["peak_mb"] - smaller["check"]["peak_mb"]
+def mb_per_100_000(run: str, smaller: dict[str, Any], larger: dict[str, Any]) -> float:
+    """Slope of the peak memory of a run between two sizes."""
+    grown = larger[run]["peak_mb"] - smaller[run]["peak_mb"]
     return round(float(grown / (larger["pictures"] - smaller["pictures"]) * 100_000), 1)
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers as JSON.")
-@click.option("--check", nargs=2, type=click.Path(path_type=Path), hidden=True)
-def main(out: Path | None, check: tuple[Path, Path] | None) -> None:
+@click.option("--run", nargs=2, type=click.Path(path_type=Path), hidden=True)
+def main(out: Path | None, run: tuple[Path, Path] | None) -> None:
     """Index folders of tiny pictures, then check them again and measure that."""
-    if check:
-        click.echo(json.dumps(check_again(*check)))
+    if run:
+        click.echo(json.dumps(run_here(*run)))
         return
     settings = Settings()
     started = time.perf_counter()
@@ -203,21 +202,26 @@ def main(out: Path | None, check: tuple[Path, Path] | None) -> None:
                     lambda line: click.echo(line, err=True),
                 )
             )
-    numbers = {"folders": found, "mb_per_100_000": mb_per_100_000(*found[:2])}
+    growth = {run: mb_per_100_000(run, *found[:2]) for run in ("first_run", "check")}
+    numbers = {"folders": found, "mb_per_100_000": growth}
     rows = [
         [
             f"{one['pictures']:,}",
             f"{one['captions']:,}",
             f"{one['first_run']['pictures_per_second']:,}",
+            f"{one['first_run']['peak_mb']:.0f}",
             f"{one['check']['pictures_per_second']:,}",
             f"{one['check']['peak_mb_before']:.0f}",
             f"{one['check']['peak_mb']:.0f}",
         ]
         for one in found
     ]
-    header = ["pictures", "captions", "first run /s", "check /s", "MB before", "MB at most"]
+    header = ["pictures", "captions", "first run /s", "MB", "check /s", "MB before", "MB"]
     click.echo(format_table(header, rows))
-    click.echo(f"100,000 more pictures take {numbers['mb_per_100_000']} MB more.")
+    click.echo(
+        f"100,000 more pictures take {growth['first_run']} MB more in the first run,"
+        f" {growth['check']} MB in a check."
+    )
     write_report(
         out,
         "recheck",
