@@ -13,7 +13,7 @@ A file that is no longer listed was removed only if nothing says that it may be 
 empty folder, a link to nothing, a folder that cannot be read.
 
 What is known of a root is held in memory while its files are looked at, one after the other: at
-most 70 MB for each 100,000 files, 110 MB if each has a caption (`benchmarks/recheck.py`).
+most 50 MB for each 100,000 files, 80 MB if each has a caption (`benchmarks/recheck.py`).
 """
 
 from __future__ import annotations
