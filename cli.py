@@ -116,14 +116,16 @@ def index(
     missing = [folder for folder in folders if not folder.is_dir()]
     if missing and (dry_run or not library_path.is_dir()):
         raise UsageError(f"{shown(missing[0])} is no folder")
+    if dry_run and not folders:
+        raise click.UsageError("Say which FOLDER to look at.")
     if dry_run:
         for folder in folders:
             _report_captions(folder, captions, as_json)
         return
-    if folders:
+    if folders and not missing:
         library = open_or_create(library_path, device, threads, model)
-    else:
-        library = open_library(library_path, device, threads, model, add_model=True)
+    else:  # a folder that is away may be known; a mistyped one must not add a model
+        library = open_library(library_path, device, threads, model, add_model=not missing)
     started = time.monotonic()
     with library, stopping() as stop:
         kept = (

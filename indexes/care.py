@@ -7,6 +7,7 @@ hold, the FAISS file is right.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -23,10 +24,10 @@ from indexes.errors import (
     StoreExistsError,
     StoreReadOnlyError,
 )
-from indexes.files import CATALOGUE, find_catalogue, sync
+from indexes.files import CATALOGUE, REPLACEMENT, find_catalogue, sync
 from indexes.locks import locked
 from indexes.records import KINDS, Kind, ModelSpec
-from indexes.salvage import salvage
+from indexes.salvage import restore_info, salvage
 from indexes.vectors import IndexFileError, VectorIndex
 from indexes.writer import Writer
 
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from indexes.catalogue import Snapshot, Transaction
 
 STORED_TOLERANCE = 2e-3  # of a length, after rounding to float16
-# Where a catalogue that was saved from a damaged one waits to take its place.
 SAVED = "catalogue.saved.sqlite"
+_COPIED = re.compile(r"catalogue\.sqlite(-wal|-shm|\.tmp)?|(image|caption)-\d+-\d+\.faiss(\.tmp)?")
 LOST = "its embedding was lost; index its folder again"
 
 
@@ -74,14 +75,13 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
     after = file.change if file is not None else -1
     beside = _ids_after(rows, kind, after)
     missing = 0
+    no_unit: list[int] = []
+    others: list[int] = []
     expected = np.zeros(len(index) if index is not None else 0, dtype=np.bool_)
     for ids, stored in rows.vectors(kind):
         if stored.shape[1] != model.dim:
             return [*found, f"{kind} embeddings have {stored.shape[1]} dimensions"]
-        found += [
-            f"the {kind} embedding of {owner_id} is not a unit vector"
-            for owner_id in ids[~_is_unit(stored)]
-        ]
+        no_unit += ids[~_is_unit(stored)].tolist()
         if index is None:
             continue
         in_file = ~np.isin(ids, beside)
@@ -89,10 +89,14 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
         missing += int((~present).sum())
         expected[positions] = True
         differs = (index.vectors(positions) != stored[in_file][present]).any(axis=1)
-        found += [
-            f"the FAISS file has another {kind} vector for {owner_id}"
-            for owner_id in index.ids[positions[differs]]
-        ]
+        others += index.ids[positions[differs]].tolist()
+    for ids_, words in (
+        (no_unit, f"the {kind} embedding of {{}} is not a unit vector"),
+        (others, f"the FAISS file has another {kind} vector for {{}}"),
+    ):
+        if ids_:
+            more = f", and so for {len(ids_) - 1:,} more" if len(ids_) > 1 else ""
+            found.append(words.format(ids_[0]) + more)
     if index is not None:
         expected[index.find(np.concatenate([rows.removed(kind), beside]))[0]] = True
         extra = int((~expected).sum())
@@ -106,10 +110,14 @@ def backup(path: Path, catalogue: Catalogue, destination: Path) -> None:
     if destination.exists():
         raise StoreExistsError(f"{destination} exists already: name a new folder for the copy")
     beside = destination.with_name(destination.name + ".partial")
+    is_ours = False
     try:
-        if beside.exists():  # of a copy that was cut off
+        if beside.exists():  # of a copy that was cut off, and of nothing else
+            if not all(_COPIED.fullmatch(one.name) for one in beside.iterdir()):
+                raise StoreExistsError(f"{beside} is in the way, and no backup of ours made it")
             shutil.rmtree(beside)
         beside.mkdir(parents=True)
+        is_ours = True
         catalogue.copy(beside / CATALOGUE)
         copied = Catalogue(beside / CATALOGUE)
         try:
@@ -134,7 +142,8 @@ def backup(path: Path, catalogue: Catalogue, destination: Path) -> None:
             f"{destination} could not be written ({reason}); the library itself is as it was"
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)  # no half copy, as of Ctrl-C, fills the disk
+        if is_ours:
+            shutil.rmtree(beside, ignore_errors=True)  # no half copy, as of Ctrl-C, fills the disk
 
 
 def _drop_spoilt_files(path: Path, catalogue: Catalogue) -> None:
@@ -160,13 +169,17 @@ def repair(path: Path) -> list[str]:
     Raises StoreNotFoundError, StoreTooNewError, StoreLockedError, StoreReadOnlyError, and
     StoreDamagedError if nothing of the catalogue can be read.
     """
-    find_catalogue(path)
+    if not (path / REPLACEMENT).exists():
+        find_catalogue(path)
     with locked(path):
         done = list(_mend_database(path))
         catalogue = Catalogue(path / CATALOGUE)
         try:
             if catalogue.pending_migrations():
                 catalogue.migrate()
+            if catalogue.use_model() is None:
+                restore_info(path / CATALOGUE)
+                done.append("the library no longer said which model is its default: the first is")
             if catalogue.use_model() is None:
                 raise StoreDamagedError(f"{path} {MODEL_LOST}")
             done += _mend_rows(path, catalogue)
@@ -178,30 +191,35 @@ def repair(path: Path) -> list[str]:
 
 def _mend_database(path: Path) -> Iterator[str]:
     """Replaces a database that SQLite finds damaged by what can be read of it."""
-    file, saved = path / CATALOGUE, path / SAVED
-    if not saved.exists():
+    file, replacement = path / CATALOGUE, path / REPLACEMENT
+    kept = file.with_name(f"catalogue.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}.sqlite")
+    if not replacement.exists():
         if _is_sound(file):
             return
-        # Made anew under its own name and complete once it has it, because the damaged one must
-        # not go before.
-        copied = salvage(file, saved)
-        yield from copied
-    kept = file.with_name(f"catalogue.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}.sqlite")
-    for suffix in ("", "-wal"):
-        with suppress(FileNotFoundError):
-            shutil.copyfile(f"{file}{suffix}", f"{kept}{suffix}")
-    # A log of the old database would be played into the new one.
+        saved = path / SAVED
+        yield from salvage(file, saved)
+        for suffix in ("", "-wal"):
+            with suppress(FileNotFoundError):
+                shutil.copyfile(f"{file}{suffix}", f"{kept}{suffix}")
+                sync(Path(f"{kept}{suffix}"))
+        # From here on nothing else opens the store, and a repair that is killed is finished by the
+        # next: without its log, the old database may look sound, and is older.
+        saved.replace(replacement)
+        sync(path)
+    # The log of the old database would be played into the new one.
     for suffix in ("-wal", "-shm"):
         file.with_name(file.name + suffix).unlink(missing_ok=True)
-    saved.replace(file)
+    replacement.replace(file)
     sync(path)
+    kept = max(path.glob("catalogue.damaged-*.sqlite"), default=kept)
     yield f"the catalogue was damaged: what could be read is the new one, the old is {kept.name}"
 
 
 def _is_sound(file: Path) -> bool:
     catalogue = Catalogue(file)
     try:
-        catalogue.pending_migrations()
+        if catalogue.pending_migrations():
+            catalogue.migrate()
         with catalogue.read() as rows:
             return not rows.structure_problems()
     except StoreDamagedError:
@@ -223,11 +241,10 @@ def _mend_rows(path: Path, catalogue: Catalogue) -> Iterator[str]:
                 state.forget_contents(extra, "was embedded and yet had failed; index it again")
                 yield f"{len(extra)} failed pictures had embeddings, which were removed"
             if bare := {item_id for item_id, _ in state.at_odds(kind, "ok", False)}:
-                state.forget_contents(bare, LOST)
-                yield (
-                    f"{len(bare)} pictures have lost an embedding: `retriever index` reads them "
-                    "again"
-                )
+                whose = "an embedding" if kind == "image" else "the embedding of a caption"
+                yield f"{len(bare)} pictures have lost {whose}: `retriever index` makes it again"
+                if kind == "image":
+                    state.forget_contents(bare, LOST)
 
 
 def _mend_vectors(path: Path, rows: Transaction, model: ModelSpec, kind: Kind) -> Iterator[str]:
@@ -248,9 +265,8 @@ def _mend_vectors(path: Path, rows: Transaction, model: ModelSpec, kind: Kind) -
                 differs = (theirs != stored[present]).any(axis=1)
                 differs &= ~np.isin(ids[present], beside)
                 healed += zip(ids[present][differs].tolist(), theirs[differs], strict=True)
-            wanted = {id_ for id_, change in wrong.items() if change <= file.change}
-            if rows.version()[1] == file.change:
-                wanted.update(rows.lacking(kind))
+            # What was changed or removed since has a tombstone.
+            wanted = {*wrong, *rows.lacking(kind)} - set(rows.removed(kind).tolist())
             positions, _ = index.find(np.array(sorted(wanted), dtype=np.int64))
             theirs = index.vectors(positions).astype(np.float16)
             healed += zip(index.ids[positions].tolist(), theirs, strict=True)
@@ -258,7 +274,7 @@ def _mend_vectors(path: Path, rows: Transaction, model: ModelSpec, kind: Kind) -
     if file is not None and healed:
         rows.replace_embeddings(kind, known, healed)
         yield f"{len(healed)} {kind} vectors of {model.name} were taken from {file.name}"
-    if lost := len(wrong.keys() - known):
+    if lost := len(wrong - known):
         yield f"{lost} {kind} vectors of {model.name} were damaged and were removed"
 
 

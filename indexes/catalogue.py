@@ -28,6 +28,7 @@ from indexes.errors import (
     StoreNotFoundError,
     StoreReadOnlyError,
     StoreTooNewError,
+    WrongModelError,
 )
 from indexes.files import may_write, sync
 from indexes.migrations import MIGRATIONS, WORDS
@@ -155,6 +156,10 @@ Ids = NDArray[np.int64]
 Vectors = NDArray[np.float16]
 
 
+class _Immutable(sqlite3.Connection):
+    """To a file that is believed not to change while it is read."""
+
+
 class Catalogue:
     """A database of items, captions and embeddings, and of what was derived from them."""
 
@@ -163,6 +168,8 @@ class Catalogue:
         self.path = path
         self.read_only = read_only
         self.model_id = 0  # set by `add_model` or `use_model`
+        self._identity: tuple[int, int] | None = None
+        self._stamp = (0, 0)
         if read_only:
             # A new connection for each snapshot: see _connect_read_only.
             self._engine = sa.create_engine(
@@ -183,16 +190,37 @@ class Catalogue:
     @contextmanager
     def read(self) -> Iterator[Snapshot]:
         """One consistent state, whatever others write meanwhile."""
-        with _translated(self.path), self._engine.connect() as connection, connection.begin():
-            yield Snapshot(connection, self.model_id, self.path)
+        self._follow()
+        before, is_immutable = self._stamp, False
+        try:
+            with _translated(self.path), self._engine.connect() as connection, connection.begin():
+                driver = connection.connection.driver_connection
+                is_immutable = isinstance(driver, _Immutable)
+                yield Snapshot(connection, self.model_id, self.path)
+        finally:
+            self._follow()
+            if is_immutable and self._stamp != before:  # nothing kept its pages as they were
+                raise StoreLockedError(
+                    f"{self.path} was written while it was read; try again when that is done"
+                )
 
     @contextmanager
     def write(self) -> Iterator[Transaction]:
         """A transaction, committed when the block ends well and undone when it raises."""
+        self._follow()
         with _translated(self.path), self._engine.connect() as connection:
             connection = connection.execution_options(writes=True)
             with connection.begin():
                 yield Transaction(connection, self.model_id, self.path)
+
+    def _follow(self) -> None:
+        """Let go of connections to a database that `repair` has put another one in place of."""
+        with suppress(OSError):
+            status = self.path.stat()
+            before, self._identity = self._identity, (status.st_dev, status.st_ino)
+            self._stamp = (status.st_mtime_ns, status.st_size)
+            if before not in (None, self._identity):
+                self._engine.dispose()
 
     def pending_migrations(self, *, create: bool = False) -> int:
         """How many migrations this database lacks; an empty one is ours only with `create`.
@@ -254,7 +282,7 @@ class Catalogue:
         beside.unlink(missing_ok=True)
         try:
             with self._plainly() as connection:
-                connection.execute("VACUUM INTO ?", (os.fspath(beside),))
+                connection.execute("VACUUM INTO ?", (beside.absolute().as_uri(),))
             sync(beside)
             beside.replace(destination)
             sync(destination.parent)
@@ -266,9 +294,13 @@ class Catalogue:
             beside.unlink(missing_ok=True)
 
     def vacuum(self) -> None:
-        """Give the space of what was deleted back to the file system; needs as much for a while."""
+        """Give the space of what was deleted back to the file system.
+
+        For a while that needs the room of what is left twice more. Raises StoreReadOnlyError.
+        """
         with self._plainly() as connection:
             connection.execute("VACUUM")
+            # While others read, the log stays as long as it is; a later checkpoint cuts it.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     @contextmanager
@@ -306,7 +338,9 @@ class Catalogue:
         # alone is the whole truth and may be called immutable; decided anew for each snapshot, so
         # that a writer elsewhere, with more rights than ours, is seen.
         log = self.path.with_name(self.path.name + "-wal")
-        has_log = log.exists() and log.stat().st_size > 0
+        has_log = False
+        with suppress(OSError):  # it comes and goes
+            has_log = log.stat().st_size > 0
         uri = self.path.absolute().as_uri() + "?mode=ro"
         connection = None
         if has_log or may_write(self.path.parent):
@@ -322,7 +356,7 @@ class Catalogue:
                     raise
                 connection = None
         return connection or sqlite3.connect(
-            uri + "&immutable=1", uri=True, timeout=BUSY_SECONDS, check_same_thread=False
+            uri + "&immutable=1", uri=True, check_same_thread=False, factory=_Immutable
         )
 
     def _on_connect(self, connection: sqlite3.Connection, _record: object) -> None:
@@ -490,6 +524,14 @@ class Snapshot:
         row = self._connection.execute(statement).first()
         return (row.id, _spec(row)) if row else None
 
+    def check_model(self) -> None:
+        """Raise WrongModelError if another process has dropped this model meanwhile."""
+        found = sa.select(models.c.id).where(models.c.id == self.model_id)
+        if self._connection.execute(found).first() is None:
+            raise WrongModelError(
+                f"{self._path.parent} no longer has the model that it was opened with"
+            )
+
     def models(self) -> dict[int, ModelSpec]:
         """All models by id, the default first, then as they were added."""
         default = self._connection.execute(sa.select(store_info.c.model_id)).scalar()
@@ -498,19 +540,20 @@ class Snapshot:
 
     def pending(self) -> set[int]:
         """Items that can be read and that this model has not embedded, or not all captions of."""
-        if len(self.models()) == 1:
-            return set()  # the writer sees to it that what is there has an embedding
-        pictures = sa.select(items.c.id).where(items.c.status == "ok", ~self._embedded("image"))
-        return {row.id for row in self._all(pictures)} | self._pending_captions()
+        return self._pending("image") | self._pending("caption")
 
-    def _pending_captions(self) -> set[int]:
-        statement = (
-            sa.select(captions.c.item_id)
-            .join(items, items.c.id == captions.c.item_id)
-            .where(items.c.status == "ok", ~self._embedded("caption"))
-            .distinct()
-        )
-        return {row.item_id for row in self._all(statement)}
+    def _pending(self, kind: Kind) -> set[int]:
+        """Items that can be read and that this model has not embedded, or a caption of which."""
+        owners = sa.select(sa.func.count()).select_from(items)
+        statement = sa.select(items.c.id)
+        if kind == "caption":
+            owners = owners.join(captions, captions.c.item_id == items.c.id)
+            statement = statement.join(captions, captions.c.item_id == items.c.id).distinct()
+        is_ok = items.c.status == "ok"
+        # Most often there are none, and to count is quicker than to look at each.
+        if self._connection.execute(owners.where(is_ok)).scalar_one() == self.vector_count(kind):
+            return set()
+        return {row.id for row in self._all(statement.where(is_ok, ~self._embedded(kind)))}
 
     def _embedded(self, kind: Kind, *, by_any: bool = False) -> sa.ColumnElement[bool]:
         """Whether this model, or any, has embedded the item or caption of the outer query."""
@@ -554,14 +597,7 @@ class Snapshot:
 
     def known_files(self, root_id: int) -> dict[str, KnownFile]:
         """Everything known under a root, by file."""
-        pending_pictures: set[int] = set()
-        pending_captions: set[int] = set()
-        if len(self.models()) > 1:
-            unseen = sa.select(items.c.id).where(
-                items.c.root_id == root_id, items.c.status == "ok", ~self._embedded("image")
-            )
-            pending_pictures = {row.id for row in self._all(unseen)}
-            pending_captions = self._pending_captions()
+        pending_pictures, pending_captions = self._pending("image"), self._pending("caption")
         texts = self._captions_by_item(
             sa.select(captions)
             .join(items, items.c.id == captions.c.item_id)
@@ -775,7 +811,6 @@ class Snapshot:
         expectations: list[tuple[str, Kind, Status, bool]] = [
             ("without an embedding", "image", "ok", False),
             ("failed, yet with an embedding", "image", "failed", True),
-            ("with a caption without an embedding", "caption", "ok", False),
             ("failed, yet with an embedded caption", "caption", "failed", True),
         ]
         for words, kind, status, present in expectations:
@@ -788,7 +823,8 @@ class Snapshot:
     def at_odds(self, kind: Kind, status: Status, present: bool) -> list[tuple[int, str]]:
         """Id and file of items with this status that have, or lack, embeddings of any model.
 
-        An item that could be read has one of itself and of each caption, a failed one has none.
+        An item that could be read has one of itself, a failed one has none; a caption may still
+        have to be embedded.
         """
         has_one = self._embedded(kind, by_any=True)
         statement = sa.select(items.c.id, items.c.file).where(items.c.status == status)
@@ -844,6 +880,7 @@ class Transaction(Snapshot):
 
     def drop_model(self, model_id: int) -> None:
         """Forget a model that is not the default, with all that it embedded."""
+        _ = self.change  # drawn, so that those who have the store open look again
         # What only this model has seen would be left with no embedding at all: such items are
         # read again by the next run, as those are whose bytes could not be read.
         for table in (*embeddings.values(), tombstones, index_files):
@@ -852,10 +889,6 @@ class Transaction(Snapshot):
         self.forget_contents(
             [item_id for item_id, _ in self.at_odds("image", "ok", False)],
             "was embedded only by a model that was dropped; index its folder again",
-        )
-        self.forget_contents(
-            [item_id for item_id, _ in self.at_odds("caption", "ok", False)],
-            "had a caption only of a model that was dropped; index its folder again",
         )
 
     def forget_contents(self, ids: Collection[int], reason: str) -> None:
@@ -883,12 +916,12 @@ class Transaction(Snapshot):
                 return count
             count += len(found)
 
-    def misfits(self, kind: Kind, dim: int, is_unit: Callable[[Vectors], Any]) -> dict[int, int]:
-        """Change number of embeddings that are not of `dim` dimensions or not unit rows, by id."""
+    def misfits(self, kind: Kind, dim: int, is_unit: Callable[[Vectors], Any]) -> set[int]:
+        """Ids of embeddings that are not of `dim` dimensions or not unit rows."""
         table = embeddings[kind]
-        found: dict[int, int] = {}
+        found: set[int] = set()
         statement = (
-            sa.select(table.c.owner_id, table.c.change, table.c.vector)
+            sa.select(table.c.owner_id, table.c.vector)
             .where(table.c.model_id == self.model_id)
             .execution_options(yield_per=VECTOR_CHUNK)
         )
@@ -900,7 +933,7 @@ class Transaction(Snapshot):
                 for row, fine in zip(whole, is_unit(packed.reshape(-1, dim)), strict=True)
                 if fine
             }
-            found |= {row.owner_id: row.change for row in rows if row.owner_id not in fits}
+            found |= {row.owner_id for row in rows} - fits
         return found
 
     def lacking(self, kind: Kind) -> list[int]:
@@ -921,7 +954,8 @@ class Transaction(Snapshot):
 
     def embed(self, kind: Kind, rows: Sequence[tuple[int, Vectors]]) -> None:
         """Set this model's embeddings of items or captions that have none of its."""
-        self._put_embeddings(kind, rows)
+        have = self.embeddings(kind, [owner_id for owner_id, _ in rows])
+        self._put_embeddings(kind, [row for row in rows if row[0] not in have])
 
     def add_root(self, path: Path) -> int:
         """Id of the root, made if absent."""
@@ -1015,9 +1049,30 @@ class Transaction(Snapshot):
         rows: Sequence[CaptionRow],
         vectors: NDArray[np.float32] | None,
     ) -> None:
-        """Replace an item's captions; their ids are new ones."""
-        self._drop_captions([item_id])
-        self._put_captions([(item_id, rows, vectors)])
+        """Replace an item's captions.
+
+        Those that stay, from the first on, keep their ids and the embeddings of every model.
+        """
+        old = self.caption_ids([item_id])
+        texts = self.captions(old)
+        kept = [
+            caption_id
+            for caption_id, one in zip(old, rows, strict=False)
+            if texts[caption_id][1] == one
+        ]
+        if kept != old[: len(kept)]:
+            kept = []
+        have = self.embeddings("caption", kept)
+        gone = old[len(kept) :]
+        self._drop_embeddings("caption", gone)
+        self._delete(captions, captions.c.id, gone)
+        if vectors is not None:
+            given = list(vectors.astype("<f2"))
+            self._put_embeddings(
+                "caption",
+                [(one, v) for one, v in zip(kept, given, strict=False) if one not in have],
+            )
+            self._put_captions([(item_id, rows[len(kept) :], vectors[len(kept) :])], len(kept))
 
     def update_place(self, item_id: int, **values: Any) -> None:
         """Set where an item is (root_id, file) or its size and time stamp."""
@@ -1093,13 +1148,14 @@ class Transaction(Snapshot):
     def _put_captions(
         self,
         rows: Iterable[tuple[int, Sequence[CaptionRow], NDArray[np.float32] | None]],
+        start: int = 0,
     ) -> None:
         texts: list[dict[str, Any]] = []
         vectors: list[Vectors | None] = []
         for item_id, several, matrix in rows:
             texts += [
                 {"item_id": item_id, "position": position, "text": row.text, "source": row.source}
-                for position, row in enumerate(several)
+                for position, row in enumerate(several, start)
             ]
             vectors += [None] * len(several) if matrix is None else list(matrix.astype("<f2"))
         ids = self._insert_many(captions, texts)

@@ -9,6 +9,8 @@ from indexes.errors import StoreDamagedError, StoreNotFoundError, StoreReadOnlyE
 
 CATALOGUE = "catalogue.sqlite"
 LOCK = "writer.lock"
+# What `repair` saved of a damaged catalogue, from the moment that it is to take its place.
+REPLACEMENT = "catalogue.replacement.sqlite"
 
 
 def absolute(path: Path) -> Path:
@@ -19,6 +21,8 @@ def absolute(path: Path) -> Path:
 def find_catalogue(folder: Path) -> Path:
     """The catalogue in a store's folder; raises StoreNotFoundError, StoreDamagedError."""
     file = folder / CATALOGUE
+    if (folder / REPLACEMENT).exists():
+        raise StoreDamagedError(f"{folder}: a repair was cut off; `retriever repair` finishes it")
     if file.is_file():
         return file
     if any(folder.glob("*.faiss")):

@@ -32,6 +32,7 @@ class StoredModel:
     caption: a search by it does not see all of them.
     """
 
+    model_id: int  # ascends in the order in which they were added
     spec: ModelSpec
     is_default: bool
     pictures: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from indexes.catalogue import Catalogue
 from indexes.errors import StoreDamagedError, StoreReadOnlyError
 from indexes.files import sync
 
-# Tombstones are left out: the FAISS files serve to heal, and are made anew after that.
 TABLES = (
     "models",
     "store_info",
@@ -27,6 +26,7 @@ TABLES = (
     "image_embeddings",
     "caption_embeddings",
     "index_files",
+    "tombstones",
 )
 # The one row of store_info, if it is lost: the first model was the default, unless it was changed.
 RESTORE_INFO = """
@@ -69,6 +69,12 @@ def salvage(damaged: Path, saved: Path) -> list[str]:
     return lost
 
 
+def restore_info(file: Path) -> None:
+    """Write the one row of store_info again, if it is lost and a model is there."""
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(RESTORE_INFO)
+
+
 def _copy(damaged: Path, fresh: Path) -> list[str]:
     target = sqlite3.connect(fresh, isolation_level=None)
     try:
@@ -87,6 +93,9 @@ def _copy(damaged: Path, fresh: Path) -> list[str]:
                 if failed and table == "captions":
                     # Those inside the files come back only if every picture is read again.
                     target.execute("UPDATE items SET content_hash = NULL, mtime_ns = -1")
+                if failed and table == "tombstones":
+                    # Nobody knows any more which vectors of the FAISS files still hold.
+                    target.execute("DELETE FROM index_files")
         finally:
             source.close()
         if not total:
@@ -99,6 +108,11 @@ def _copy(damaged: Path, fresh: Path) -> list[str]:
         target.execute("PRAGMA journal_mode = DELETE")  # leaves one file that holds everything
         return lost
     except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+            raise StoreReadOnlyError(
+                f"{fresh} could not be written ({error}): is the disk full? The damaged catalogue "
+                "is as it was, and the same command goes on once there is room"
+            ) from error
         raise StoreDamagedError(
             f"{damaged}: it cannot be read at all ({error}); restore a backup, or remove the "
             "library and index again"

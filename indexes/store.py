@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from indexes.errors import (
     InvalidRowsError,
     StoreDamagedError,
+    StoreError,
     StoreExistsError,
     StoreLockedError,
     StoreNotFoundError,
@@ -262,6 +263,8 @@ class Store:
         if self._read_only:
             raise StoreReadOnlyError(self._hindrance or f"{self.path} is opened for reading only")
         with locked(self.path):
+            with self._catalogue.read() as rows:
+                rows.check_model()
             yield Writer(self.path, self._catalogue, self.model.dim)
 
     def models(self) -> list[StoredModel]:
@@ -269,6 +272,7 @@ class Store:
         with self._catalogue.read() as rows:
             return [
                 StoredModel(
+                    model_id,
                     spec,
                     is_default=place == 0,
                     pictures=rows.of_model(model_id).vector_count("image"),
@@ -291,8 +295,19 @@ class Store:
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """One state of the store, which what others write meanwhile does not change."""
-        with self._catalogue.read() as rows:
-            yield rows
+        fault: BaseException | None = None
+        try:
+            with self._catalogue.read() as rows:
+                try:
+                    yield rows
+                except BaseException as error:
+                    fault = error
+                    raise
+        except StoreError as error:
+            # What the caller's own code raised says nothing about the state of the database.
+            if fault is None or fault is error:
+                raise
+            raise fault from None
 
     def roots(self) -> list[tuple[int, Path]]:
         """Ids and absolute paths of the roots, in the order they were added."""
@@ -493,6 +508,7 @@ class Store:
                 known = self._galleries.get(kind)
                 if known is not None and known.version == version:
                     return known
+                rows.check_model()
                 file = rows.index_file(kind)
                 index = None
                 is_broken = False

@@ -22,6 +22,7 @@ from indexes.records import KINDS, CaptionRow, IndexFile, ItemWrite, Kind, Model
 if TYPE_CHECKING:
     from indexes.catalogue import Catalogue, Snapshot, Transaction
 
+TOLERATED = 1 / 50  # of the rows of a FAISS file may have changed since it was written
 UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to the store
 _FAISS_NAME = re.compile(r"(image|caption)-\d+-\d+\.faiss(\.tmp)?")
 
@@ -187,8 +188,17 @@ class Writer:
         with self._transaction() as rows:
             rows.remove([int(item_id) for item_id in ids])  # SQLite takes NumPy's for blobs
 
-    def finish(self, *, anew: Collection[Kind] = (), all_models: bool = False) -> None:
+    def finish(
+        self,
+        *,
+        anew: Collection[Kind] = (),
+        all_models: bool = False,
+        tolerated: float = TOLERATED,
+    ) -> None:
         """Bring the FAISS files up to date, as a new generation; nothing to do is done in no time.
+
+        A file is made anew when more than one row in fifty has changed since: until then searching
+        the changes beside it costs less than writing all the others again.
 
         A file is written whole beside its final name, synced, renamed, then recorded; killed
         anywhere in between, the one before stays in use. Kinds in `anew` are written in any case.
@@ -203,7 +213,7 @@ class Writer:
             for kind in KINDS:
                 with self._catalogue.read() as state:
                     rows = state.of_model(model_id)
-                    if kind in anew or not self._is_current(rows, kind):
+                    if kind in anew or not self._is_current(rows, kind, tolerated):
                         written.append((model_id, kind, self._write_index(rows, model, kind)))
         if written:
             with self._catalogue.write() as state:
@@ -233,16 +243,17 @@ class Writer:
     def compact(self) -> None:
         """Strike what was removed out of every file and give its space back to the disk.
 
-        Raises StoreReadOnlyError: for a while the catalogue needs its own size once more.
+        Raises as `Catalogue.vacuum` does.
         """
-        self.finish(all_models=True)
+        self.finish(all_models=True, tolerated=0)
         self._catalogue.vacuum()
 
-    def _is_current(self, rows: Snapshot, kind: Kind) -> bool:
+    def _is_current(self, rows: Snapshot, kind: Kind, tolerated: float) -> bool:
         file = rows.index_file(kind)
         if file is None:
             return not rows.vector_count(kind)
-        if rows.removed(kind).size or rows.vector_count(kind, after=file.change):
+        changed = rows.removed(kind).size + rows.vector_count(kind, after=file.change)
+        if changed > tolerated * file.rows:
             return False
         try:
             return (self._path / file.name).stat().st_size == file.stamp.size_bytes

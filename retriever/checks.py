@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # the cosine stays above 0.999. Another model, or other preprocessing, is far below this.
 SAME = 0.99
 T = TypeVar("T")
-Rows = NDArray[np.float32]
+Rows = NDArray[np.floating]
 
 
 def missing_pictures(store: Store, notes: list[str]) -> list[str]:
@@ -67,11 +67,23 @@ def changed_embeddings(
     Looks at `sample` of each, spread over the library; pictures that changed on disk are left out.
     What could not be checked is added to `notes`.
     """
-    ids = _spread(store.item_ids(), 4 * sample)
-    items = [one for one in store.items(ids) if one.status == "ok"]
+    with store.snapshot() as rows:
+        ids = _spread(rows.item_ids(), 4 * sample)
+        items = [one for one in rows.items(ids).values() if one.status == "ok"]
+        images = rows.embeddings("image", [one.item_id for one in items])
+        pairs = [
+            (caption_id, caption.text)
+            for one in items
+            for caption_id, caption in zip(
+                rows.caption_ids([one.item_id]), one.captions, strict=True
+            )
+        ]
+        texts = rows.embeddings("caption", [caption_id for caption_id, _ in pairs])
     try:
-        pictures = _pictures(store, encoder(), items, sample)
-        captions = _captions(store, encoder(), items, sample)
+        pictures = _pictures(
+            encoder(), [one for one in items if one.item_id in images], images, sample
+        )
+        captions = _captions(encoder(), [pair for pair in pairs if pair[0] in texts], texts, sample)
     except WrongModelError as exc:
         return [str(exc)]
     except (EncoderError, MissingExtraError) as exc:
@@ -80,8 +92,9 @@ def changed_embeddings(
     return [*pictures, *captions]
 
 
-def _pictures(store: Store, encoder: Encoder, items: Sequence[ItemRow], sample: int) -> list[str]:
-    embedded = store.embedded("image", [item.item_id for item in items])
+def _pictures(
+    encoder: Encoder, items: Sequence[ItemRow], stored: Mapping[int, Rows], sample: int
+) -> list[str]:
     found: list[ItemRow] = []
     images: list[Image.Image] = []
     for item in items:
@@ -89,31 +102,28 @@ def _pictures(store: Store, encoder: Encoder, items: Sequence[ItemRow], sample: 
             break
         with suppress(OSError, PictureError):
             status = item.path.stat()
-            is_same = (status.st_size, status.st_mtime_ns) == (item.size, item.mtime_ns)
-            if is_same and item.item_id in embedded:
+            if (status.st_size, status.st_mtime_ns) == (item.size, item.mtime_ns):
                 images.append(read_image(item.path, target=encoder.image_size).image)
                 found.append(item)
-    stored = store.embeddings("image", [item.item_id for item in found])
     names = [printable(item.path) for item in found]
-    return _differences("pictures", names, encoder.encode_images(images), stored)
+    expected = [stored[item.item_id] for item in found]
+    return _differences("pictures", names, encoder.encode_images(images), expected)
 
 
-def _captions(store: Store, encoder: Encoder, items: Sequence[ItemRow], sample: int) -> list[str]:
-    pairs = [
-        (caption_id, caption.text)
-        for item in items
-        for caption_id, caption in zip(store.caption_ids(item.item_id), item.captions, strict=True)
-    ]
-    embedded = store.embedded("caption", [caption_id for caption_id, _ in pairs])
-    chosen = _spread([pair for pair in pairs if pair[0] in embedded], sample)
-    texts = [text for _, text in chosen]
-    stored = store.embeddings("caption", [caption_id for caption_id, _ in chosen])
-    names = [repr(text[:60]) for text in texts]
-    return _differences("captions", names, encoder.encode_texts(texts), stored)
+def _captions(
+    encoder: Encoder, pairs: Sequence[tuple[int, str]], stored: Mapping[int, Rows], sample: int
+) -> list[str]:
+    chosen = _spread(pairs, sample)
+    names = [repr(text[:60]) for _, text in chosen]
+    expected = [stored[caption_id] for caption_id, _ in chosen]
+    rows = encoder.encode_texts([text for _, text in chosen])
+    return _differences("captions", names, rows, expected)
 
 
-def _differences(what: str, names: Sequence[str], rows: Rows, stored: Rows) -> list[str]:
-    cosines = (rows * stored).sum(axis=1)
+def _differences(what: str, names: Sequence[str], rows: Rows, stored: Sequence[Rows]) -> list[str]:
+    if not names:
+        return []
+    cosines = (rows * np.stack(stored)).sum(axis=1)
     wrong = np.flatnonzero(~(cosines >= SAME))
     if not wrong.size:
         return []

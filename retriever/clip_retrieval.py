@@ -308,8 +308,8 @@ class ClipReader:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
         self._workers.close()
+        self._pool.shutdown(cancel_futures=True)
 
     def batches(self) -> Iterator[list[Record]]:
         """In which no picture is twice; read once the store is locked."""

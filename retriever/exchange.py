@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from indexes.files import sync
+from indexes.files import absolute, sync
 from indexes.records import ItemWrite, KnownFile, Status
 from retriever.captions import printable
 from retriever.clip_retrieval import CHECKED, ClipLayout, ClipReader, check_sample
@@ -80,7 +80,7 @@ def export_store(store: Store, dest: Path, *, progress: Progress | None = None) 
         UsageError: `dest` exists, or a `.partial` that holds other files.
         RetrieverError: `dest` cannot be written.
     """
-    dest = Path(os.path.abspath(dest.expanduser()))  # noqa: PTH100 (`resolve` would follow links)
+    dest = absolute(dest.expanduser())
     if os.path.lexists(dest):
         raise UsageError(f"{printable(dest)} exists: an export makes a new folder")
     part = dest.with_name(dest.name + ".partial")
@@ -194,7 +194,7 @@ def import_clip_retrieval(
         StoreLockedError: another process is writing.
     """
     source = source.expanduser()
-    base = Path(os.path.abspath(root.expanduser())) if root is not None else None  # noqa: PTH100
+    base = absolute(root.expanduser()) if root is not None else None
     layout = ClipLayout(source, store.model.dim, base)
     folder, sample = layout.survey(check)
     check_sample(store, encoder, source, sample)

@@ -10,7 +10,7 @@ memory; decoders run in processes of their own. A batch is one transaction, so a
 keeps what it has committed and the next one goes on from there.
 
 A file that is no longer listed was removed only if nothing says that it may be out of sight: an
-empty folder, a link to nothing, a folder that cannot be read.
+empty root, a link to nothing, a folder that cannot be read, an empty folder that held a thousand.
 
 What is known of a root is held in memory while its files are looked at, one after the other: at
 most 50 MB for each 100,000 files, 80 MB if each has a caption (`benchmarks/recheck.py`).
@@ -51,6 +51,7 @@ Rows = NDArray[np.float32]
 BATCH_SIZE = 32  # pictures in one transaction and one call of the encoder
 WINDOW = 3  # batches decoded or being decoded at any time
 HASH_CHUNK_BYTES = 1 << 20
+MANY = 1000  # pictures that are gone from a folder at once, and left it empty: a drive, it seems
 EMBEDDED_SOURCES = frozenset({"exif", "iptc", "xmp"})  # captions inside the picture file itself
 GIVEN = "given: "  # begins the source of captions from a file that the caller named
 
@@ -155,7 +156,11 @@ def index_folders(
     Progress is told of each folder by itself.
     """
     # `Path.resolve` fails on a loop of links.
-    places = [Path(os.path.realpath(folder.expanduser())) for folder in folders]
+    named = {Path(os.path.realpath(folder.expanduser())): None for folder in folders}
+    # What lies inside another one is looked at with it.
+    places = [
+        one for one in named if not any(one != two and one.is_relative_to(two) for two in named)
+    ]
     with store.writer() as writer:
         run = _Run(store, writer, encoder, progress, batch_size, prune, stop or (lambda: False))
         roots = [path for _, path in store.roots()]
@@ -286,6 +291,7 @@ class _Run:
         Raises UsageError, FolderGoneError or CaptionError before anything is done.
         """
         self.check(folder)
+        self.__dict__.pop("_reasons", None)  # a folder before may have met new failures
         roots = self.store.roots()
         around = [path for _, path in roots if folder.is_relative_to(path)]
         self.root = min(around, key=lambda path: len(path.parts), default=folder)
@@ -326,7 +332,11 @@ class _Run:
         self._work_off(jobs, sources)
         if self.interrupted:
             return
-        removable = {former.item_id for file, former in gone.items() if file.startswith(part)}
+        removable = {
+            former.item_id
+            for file, former in self._without_emptied_drives(gone).items()
+            if file.startswith(part)
+        }
         if removable and not self.prune and not _has_entries(folder):
             self.problems.append(
                 f"{printable(folder)} went away while it was read; {_left_alone(len(removable))}"
@@ -470,6 +480,32 @@ class _Run:
             for link, count in behind.items()
         ]
         return gone
+
+    def _without_emptied_drives(self, gone: Mapping[str, KnownFile]) -> dict[str, KnownFile]:
+        """The files that are gone, but for those of a folder that looks like a bare mount point.
+
+        It is there, holds nothing at all, and many pictures are known in it that are nowhere else.
+        """
+        if self.prune:
+            return dict(gone)
+        nearest: dict[str, str] = {}  # of each folder that held one: the nearest that is there
+        inside: dict[str, list[str]] = {}
+        for file, former in gone.items():
+            folder = file.rpartition("/")[0]
+            if folder not in nearest:
+                place = self.root / folder
+                while not place.is_dir():
+                    place = place.parent
+                nearest[folder] = str(place)
+            if former.item_id not in self.moved:
+                inside.setdefault(nearest[folder], []).append(file)
+        left = dict(gone)
+        for folder, files in inside.items():
+            if len(files) >= MANY and Path(folder) != self.root and not _has_entries(Path(folder)):
+                self.problems.append(f"{printable(folder)} is empty; {_left_alone(len(files))}")
+                for file in files:
+                    del left[file]
+        return left
 
     def _work_off(self, jobs: deque[_Job], sources: CaptionIndex) -> None:
         total, done = len(jobs), 0

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from indexes.errors import WrongModelError
+from indexes.files import absolute
 from indexes.records import ModelSpec
 from retriever.errors import UsageError
 from retriever.models import DEFAULT_MODEL
@@ -113,9 +114,10 @@ class Library:
         path = Path(path).expanduser()
         if isinstance(encoder, str) and not add_model:
             with Store.open(path) as store:
-                named = [one.spec for one in store.models() if one.spec.name == _stored(encoder)]
-            if named:  # the latest of them; it is loaded when it is needed
-                return cls(Store.open(path, named[-1]), None, device, threads)
+                named = [one for one in store.models() if one.spec.name == _stored(encoder)]
+            if named:  # its encoder is loaded when it is needed
+                latest = max(named, key=lambda one: one.model_id)
+                return cls(Store.open(path, latest.spec), None, device, threads)
         loaded, model = _load(encoder, device, threads) if encoder is not None else (None, None)
         return cls(Store.open(path, model, add_model=add_model), loaded, device, threads)
 
@@ -327,7 +329,10 @@ class Library:
             UsageError: `old` is no such folder, `new` overlaps with another folder of the library,
                 or none of the known pictures is there.
         """
-        before, after = _plain(old), Path(new).expanduser().resolve()
+        after = Path(new).expanduser().resolve()
+        before = _plain(old)
+        if not any(path.is_relative_to(before) for _, path in self._store.roots()):
+            before = before.resolve()
         with self._store.writer() as writer, writer.together():
             roots = self._store.roots()
             moving = {
@@ -370,9 +375,9 @@ class Library:
 
     @property
     def pending(self) -> int:
-        """Pictures that this model has not embedded yet, so that its answers are without them."""
+        """Pictures that another model has embedded and this one not, or not all captions of."""
         with self._store.snapshot() as rows:
-            return len(rows.pending())
+            return len(rows.pending()) if len(rows.models()) > 1 else 0
 
     def use_model(self, name: str) -> StoredModel:
         """Makes a model of the library its default; the others keep their embeddings.
@@ -383,7 +388,7 @@ class Library:
         Raises UsageError if the library does not have it.
         """
         with self._store.writer() as writer:
-            chosen = self._models_named(name)[-1]
+            chosen = max(self._models_named(name), key=lambda one: one.model_id)
             writer.set_default_model(chosen.spec.fingerprint)
         return chosen
 
@@ -433,7 +438,15 @@ class Library:
 
         notes = [] if notes is None else notes
         problems = self._store.verify()
-        problems += missing_pictures(self._store, notes)
+        if problems:  # what it holds cannot be relied on for the rest
+            return problems
+        problems = missing_pictures(self._store, notes)
+        for model in self._store.models():
+            if model.pending:
+                notes.append(
+                    f"{model.pending:,} pictures are not embedded by {model.spec.name}, or not all "
+                    f"of their captions: retriever index --model {model.spec.name}"
+                )
         if sample:
             problems += changed_embeddings(self._store, lambda: self.encoder, sample, notes)
         return problems
@@ -530,7 +543,7 @@ def _stored(name: str) -> str:
 
 
 def _plain(path: str | Path) -> Path:
-    return Path(os.path.abspath(Path(path).expanduser()))  # noqa: PTH100 (links stay as they are)
+    return absolute(Path(path).expanduser())
 
 
 def _query(

@@ -449,7 +449,8 @@ def _is_encodable(text: str, errors: str = "surrogateescape") -> bool:
 
 def _root(fields: _Fields) -> Path:
     root = fields.path("root")
-    if not PurePath(root).is_absolute() or os.path.normpath(root) != root:
+    is_plain = PurePath(root).is_absolute() and os.path.normpath(root) == root
+    if not is_plain or root == PurePath(root).anchor:
         raise fields.fault("'root' is not an absolute path on this computer")
     return Path(root)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from indexes.errors import StoreDamagedError
 from retriever.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,12 +107,15 @@ class Searcher:
             PictureError: a query picture cannot be read.
         """
         row = self._row(query, k)
+        absent: set[int] = set()
         while True:
             (match,) = self._store.search("image", row, k)
             items = self._store.items(match.ids.tolist())
             if len(items) == len(match.ids):
                 break
             # Another process removed some since the search: ask again.
+            gone = set(match.ids.tolist()) - {item.item_id for item in items}
+            absent = _not_again(absent, gone)
         scores = dict(zip(match.ids.tolist(), match.scores.tolist(), strict=True))
         captions = self._best_captions(match.ids.tolist(), row)
         return [
@@ -136,12 +140,16 @@ class Searcher:
             PictureError: a query picture cannot be read.
         """
         row = self._row(query, k)
+        absent: set[int] = set()
         wanted = k
         while True:
             (match,) = self._store.search("caption", row, wanted)
             found = self._store.captions(match.ids.tolist())
             if len(found) < len(match.ids):
-                continue  # another process removed some since the search: ask again
+                # Another process removed some since the search: ask again.
+                gone = {one for one in match.ids.tolist() if not self._store.captions([one])}
+                absent = _not_again(absent, gone)
+                continue
             nearest: dict[str, tuple[int, float]] = {}
             for (item_id, caption), score in zip(found, match.scores.tolist(), strict=True):
                 nearest.setdefault(caption.text, (item_id, score))
@@ -153,6 +161,7 @@ class Searcher:
             paths = {item.item_id: item.path for item in items}
             if all(item_id in paths for _, (item_id, _) in best):
                 break
+            absent = _not_again(absent, {item_id for _, (item_id, _) in best} - paths.keys())
         return [
             CaptionHit(rank, score, text, paths[item_id], item_id)
             for rank, (text, (item_id, score)) in enumerate(best, start=1)
@@ -173,3 +182,12 @@ class Searcher:
         for item_id, caption in self._store.captions(match.ids.tolist()):
             nearest.setdefault(item_id, caption.text)
         return nearest
+
+
+def _not_again(absent: set[int], gone: set[int]) -> set[int]:
+    """Ids found that are of nothing; raises StoreDamagedError for one that was so before."""
+    if absent & gone:
+        raise StoreDamagedError(
+            "vectors of removed pictures are found: `retriever repair` mends it"
+        )
+    return absent | gone

@@ -94,7 +94,7 @@ def watch(
 
 def _folders(library: Library, folders: Sequence[str | Path] | None) -> list[Path]:
     """The folders to watch, absolute, without those inside others."""
-    roots = [path for _, path in library._store.roots()]
+    roots = [root.path for root in library.roots()]
     if folders is None:
         wanted = roots
     else:

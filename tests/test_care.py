@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sqlite3
 import tarfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from test_store import DIM, MODEL, answers, faiss_file, fill, folder, item, random_rows, store, unit
 
+from indexes import care
 from indexes.care import repair
 from indexes.errors import (
     InvalidRowsError,
@@ -192,6 +195,55 @@ def test_the_default_changes_and_the_old_one_stays_until_it_is_dropped(store, tw
     assert two.verify() == []
 
 
+def test_captions_changed_under_another_model_cost_no_picture_when_that_is_dropped(store, two):
+    with two.writer() as writer:
+        same = [CaptionRow("0.jpg 0", "given"), CaptionRow("0.jpg 1", "given")]
+        more = np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32)
+        writer.set_captions(1, [*same, CaptionRow("new", "given")], more)
+        writer.drop_model(OTHER.fingerprint)
+    assert len(store.search("image", random_rows(1, 3), 10)[0].ids) == 8
+    assert store.failures() == []
+    known = store.known_files(1)["0.jpg"]
+    assert (known.picture_embedded, known.captions_embedded) == (True, False)
+    with store.writer() as writer:
+        vectors = np.stack([unit(1, 0, 0, 0), unit(0, 1, 0, 0), unit(0, 0, 1, 0)])
+        writer.embed(1, None, vectors)
+    assert store.verify() == []
+
+
+def test_captions_that_stay_keep_their_embeddings_of_every_model(store, two):
+    before = two.embeddings("caption", two.caption_ids(1)).tolist()
+    with store.writer() as writer:
+        texts = [CaptionRow(f"0.jpg {n}", "given") for n in range(2)]
+        rows = np.concatenate(
+            [store.embeddings("caption", store.caption_ids(1)), random_rows(1, 9)]
+        )
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        writer.set_captions(1, [*texts, CaptionRow("new", "given")], rows)
+    ids = two.caption_ids(1)
+    assert two.embeddings("caption", ids[:2]).tolist() == before
+    assert two.embedded("caption", ids) == set(ids[:2])
+    assert store.embedded("caption", ids) == set(ids)
+
+
+def test_who_has_a_dropped_model_open_is_told(store, two):
+    assert len(two.search("image", np.array([[1, 0]], dtype=np.float32), 10)[0].ids) == 5
+    with store.writer() as writer:
+        writer.drop_model(OTHER.fingerprint)
+    with pytest.raises(WrongModelError, match="no longer has the model"):
+        two.search("image", np.array([[1, 0]], dtype=np.float32), 10)
+    with pytest.raises(WrongModelError, match="no longer has the model"), two.writer():
+        pass
+
+
+def test_what_one_model_lost_of_an_item_it_is_given_again(store, two):
+    execute(store, "DELETE FROM caption_embeddings WHERE model_id = 2 AND owner_id = 1")
+    assert not two.known_files(1)["0.jpg"].captions_embedded
+    with two.writer() as writer:
+        writer.embed(1, None, np.array([[1, 0], [1, 0]], dtype=np.float32))
+    assert two.known_files(1)["0.jpg"].captions_embedded
+
+
 # Roots
 
 
@@ -268,6 +320,38 @@ def test_what_a_cut_off_backup_left_is_replaced(folder, store):
     assert not (folder / "copy.lib.partial").exists()
 
 
+def test_a_backup_takes_nothing_away_that_is_not_its_own(folder, store):
+    fill(store, 3)
+    (folder / "copy.lib.partial").mkdir()
+    (folder / "copy.lib.partial" / "diary.txt").write_text("mine")
+    with pytest.raises(StoreExistsError, match="is in the way"):
+        store.backup(folder / "copy.lib")
+    assert (folder / "copy.lib.partial" / "diary.txt").read_text() == "mine"
+
+
+def test_a_store_is_copied_to_a_folder_whose_name_is_no_text(folder, store):
+    fill(store, 3)
+    place = folder / os.fsdecode(b"n\xff.lib")
+    store.backup(place)
+    with Store.open(place) as copy:
+        assert contents(copy) == contents(store)
+
+
+def test_a_few_changes_are_searched_beside_the_file_and_compaction_takes_them_in(store):
+    fill(store, 200)
+    with store.writer() as writer:
+        [late] = writer.write(1, [item("late.jpg", unit(1, 2, 3, 4))])
+        writer.remove([5])
+        writer.finish()
+    assert store.generation == 1
+    assert store.search("image", unit(1, 2, 3, 4)[None], 1)[0].ids.tolist() == [late]
+    assert 5 not in store.search("image", random_rows(1, 3), 300)[0].ids
+    expected = answers(store)
+    store.compact()
+    assert store.info()["index"]["image"] == {"rows": 200, "indexed": 200, "tail": 0, "removed": 0}
+    assert answers(store) == expected
+
+
 # Repair
 
 
@@ -313,7 +397,7 @@ def test_a_vector_that_nothing_else_has_is_taken_out_and_its_picture_read_again(
     execute(store, f"UPDATE image_embeddings SET vector = zeroblob(8) WHERE owner_id = {late}")
     done = repair(store.path)
     assert "1 image vectors of toy were damaged and were removed" in done
-    assert "1 pictures have lost an embedding: `retriever index` reads them again" in done
+    assert any("1 pictures have lost an embedding" in one for one in done)
     with Store.open(store.path) as again:
         assert again.verify() == []
         [failed] = again.failures()
@@ -406,17 +490,116 @@ def test_a_catalogue_of_which_nothing_is_left_says_so_and_is_kept(store):
     assert sorted(one.name for one in store.path.iterdir() if "saved" in one.name) == []
 
 
-def test_a_repair_that_was_killed_before_the_exchange_is_finished_by_the_next(store):
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, and what is cleaned up on its way is known."""
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_repair_that_is_cut_off_anywhere_is_finished_by_the_next(store, monkeypatch, step):
     fill(store, 50)
+    with store.writer() as writer:
+        writer.remove([7])
     expected = contents(store)
     spoil(store, *page_of(store, "image_embeddings"))
-    from indexes.salvage import salvage
+    calls = 0
 
-    salvage(store.path / "catalogue.sqlite", store.path / "catalogue.saved.sqlite")
+    def counted(original):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls > step:
+                raise Killed
+            return original(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("replace", "unlink"):
+            patched.setattr(Path, name, counted(getattr(Path, name)))
+        patched.setattr(care, "sync", counted(care.sync))
+        patched.setattr(care, "_mend_rows", counted(care._mend_rows))
+        patched.setattr(care, "_mend_files", counted(care._mend_files))
+        with suppress(Killed):
+            repair(store.path)
     repair(store.path)
     with Store.open(store.path) as again:
         assert contents(again) == expected
         assert again.verify() == []
+        assert 7 not in again.search("image", random_rows(1, 3), 60)[0].ids
+
+
+def test_a_store_whose_repair_was_cut_off_at_the_exchange_is_not_used_before_it_is_finished(store):
+    fill(store, 5)
+    store.close()
+    (store.path / "catalogue.sqlite").replace(store.path / "catalogue.replacement.sqlite")
+    with pytest.raises(
+        StoreDamagedError, match="a repair was cut off; `retriever repair` finishes"
+    ):
+        Store.open(store.path)
+    repair(store.path)
+    with Store.open(store.path) as again:
+        assert len(again.item_ids()) == 5
+
+
+def test_what_an_old_repair_left_does_not_replace_a_sound_catalogue(store):
+    fill(store, 5)
+    store.backup(store.path.parent / "old.lib")
+    left = store.path / "catalogue.saved.sqlite"
+    shutil.copyfile(store.path.parent / "old.lib" / "catalogue.sqlite", left)
+    with store.writer() as writer:
+        writer.write(1, [item("new.jpg", unit(1, 2, 3, 4))])
+    assert repair(store.path) == []
+    assert len(store.item_ids()) == 6
+
+
+def test_who_had_the_store_open_during_a_repair_goes_on_with_the_new_catalogue(store):
+    fill(store, 50)
+    assert len(store.item_ids()) == 50
+    page = page_of(store, "image_embeddings")[0]
+    with sqlite3.connect(store.path / "catalogue.sqlite") as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    with (store.path / "catalogue.sqlite").open("r+b") as file:
+        file.seek(4096 * page)
+        file.write(b"\xa5" * 4096)
+    repair(store.path)
+    with store.writer() as writer:
+        writer.write(1, [item("new.jpg", unit(1, 2, 3, 4))])
+    assert len(store.item_ids()) == 51
+    with Store.open(store.path) as fresh:
+        assert len(fresh.item_ids()) == 51
+
+
+def test_both_kinds_and_all_models_are_healed_at_once(store, two):
+    expected, theirs = contents(store), two.embeddings("image", [1]).tolist()
+    execute(
+        store,
+        "DELETE FROM image_embeddings WHERE owner_id = 1",
+        "DELETE FROM caption_embeddings WHERE owner_id = 3",
+    )
+    repair(store.path)
+    with Store.open(store.path, MODEL) as again, Store.open(store.path, OTHER) as other:
+        assert contents(again) == expected
+        assert other.embeddings("image", [1]).tolist() == theirs
+        assert again.verify() == []
+
+
+def test_a_lost_default_model_is_chosen_again(store):
+    fill(store, 5)
+    execute(store, "DELETE FROM store_info")
+    with pytest.raises(StoreDamagedError, match="no longer says which model"):
+        Store.open(store.path)
+    assert any("which model is its default" in one for one in repair(store.path))
+    with Store.open(store.path) as again:
+        assert again.model == MODEL
+        assert again.verify() == []
+
+
+def test_repair_brings_an_older_store_up_to_date_and_calls_it_sound(old_store):
+    assert not any("damaged" in one for one in repair(old_store))
+    with Store.open(old_store) as store:
+        assert len(store.item_ids()) == 3
+        assert store.verify() == []
 
 
 def test_a_disk_that_flips_any_bit_never_brings_another_error_than_ours(store):

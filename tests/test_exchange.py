@@ -536,6 +536,7 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("number as name", field("file", 3), "line 1: 'file' is not a path"),
     ("relative root", field("root", "pictures"), "line 1: 'root' is not an absolute path"),
     ("root with dots", field("root", "/a/../b"), "line 1: 'root' is not an absolute path"),
+    ("root of all", field("root", "/"), "line 1: 'root' is not an absolute path"),
     ("negative size", field("size", -1), "line 1: 'size' is not a whole number"),
     ("huge size", field("size", 1 << 63), "line 1: 'size' is not a whole number"),
     ("size as text", field("size", "10"), "line 1: 'size' is not a whole number"),

@@ -1086,3 +1086,27 @@ def test_a_given_captions_file_that_matches_no_picture_is_told(fresh_store, toy_
     report = index_folder(fresh_store, lambda: toy_encoder, folder, captions=given)
     (problem,) = report.problems
     assert problem.startswith("captions that match no picture: 2 ")
+
+
+def test_a_folder_that_lost_a_great_many_and_is_empty_is_left_alone(
+    index: Index, fresh_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retriever.ingest.MANY", 3)
+    folder = tmp_path / "pictures"
+    paint(folder / "here.png", "red")
+    for number in range(4):
+        paint(folder / "drive" / "2019" / f"{number}.png", "blue", side=number + 1)
+    for number in range(2):
+        paint(folder / "few" / f"{number}.png", "green", side=number + 1)
+    assert index(folder).added == 7
+    shutil.rmtree(folder / "drive" / "2019")
+    for file in (folder / "few").iterdir():
+        file.unlink()
+    report = index(folder)
+    assert (report.removed, report.unchanged) == (2, 1)
+    [problem] = report.problems
+    assert "drive is empty" in problem
+    assert "left alone there: 4 (--prune removes them)" in problem
+    assert len(fresh_store.item_ids()) == 5
+    (folder / "drive").rename(folder / "drive.old")  # the folder itself is gone: it was deleted
+    assert index(folder).removed == 4

@@ -270,3 +270,43 @@ def test_a_text_beyond_the_window_is_searched_by_its_beginning_and_said_so(libra
     assert "longer than the 64 tokens that mini reads" in result.stderr
     assert json.loads(result.stdout)["path"].endswith("red.png")
     assert run("search", "a red square", library=library).stderr == ""
+
+
+def test_a_folder_named_twice_or_inside_another_is_looked_at_once(
+    mine: tuple[Path, Path],
+) -> None:
+    path, folder = mine
+    (folder / "broken.png").write_bytes(b"not a picture")
+    paint(folder / "inner" / "cyan.png", "cyan", side=32)
+    run("index", folder, library=path)
+    result = run("index", folder, folder / "inner", folder, "--json", library=path)
+    assert result.exit_code == 3
+    record = json.loads(result.stdout)
+    assert record["unchanged"] == 5
+    assert [Path(one["path"]).name for one in record["failed"]] == ["broken.png"]
+
+
+def test_a_dry_run_without_a_folder_and_a_mistyped_one_change_nothing(
+    mine: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, _ = mine
+    assert run("index", "--dry-run", library=path).exit_code == 2
+    before = run("info", "--json", library=path).stdout
+    result = run("index", tmp_path / "typo", "--model", "no/such", library=path)
+    assert result.exit_code != 0
+    assert run("info", "--json", library=path).stdout == before
+
+
+def test_a_model_that_was_renewed_is_the_one_meant_by_its_name(tmp_path: Path) -> None:
+    from conftest import ToyEncoder
+
+    from retriever.library import Library
+
+    paint(tmp_path / "pictures" / "red.png", "red")
+    Library.create(tmp_path / "toy.lib", ToyEncoder("toy-1")).close()
+    with Library.open(tmp_path / "toy.lib", ToyEncoder("toy-2"), add_model=True) as library:
+        library.index(tmp_path / "pictures")
+        for _ in range(2):
+            assert library.use_model("toy").spec.fingerprint == "toy-2"
+            with Library.open(tmp_path / "toy.lib", "toy") as named:
+                assert named.model.fingerprint == "toy-2"
