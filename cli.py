@@ -126,6 +126,7 @@ def index(
         library = open_or_create(library_path, device, threads, model)
     else:  # a folder that is away may be known; a mistyped one must not add a model
         library = open_library(library_path, device, threads, model, add_model=not missing)
+    is_first = not library.info()["generation"]
     started = time.monotonic()
     with library, stopping() as stop:
         kept = (
@@ -143,7 +144,7 @@ def index(
             )
         made_by = library.info()["model"]["name"]
         print_index_report(report, library.path, time.monotonic() - started, as_json)
-    if made_by == DEFAULT_MODEL and report.added:
+    if made_by == DEFAULT_MODEL and report.added and is_first:
         click.echo(STRONGER, err=True)
     if report.interrupted:
         click.echo(f"Interrupted. {kept}", err=True)

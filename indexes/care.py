@@ -107,6 +107,8 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
 
 def backup(path: Path, catalogue: Catalogue, destination: Path) -> None:
     """Copy the store at `path`, as it is at one moment, into a new folder; see `Store.backup`."""
+    if destination.is_relative_to(path):
+        raise StoreExistsError(f"{destination} is inside the library itself: name another place")
     if destination.exists():
         raise StoreExistsError(f"{destination} exists already: name a new folder for the copy")
     beside = destination.with_name(destination.name + ".partial")

@@ -35,7 +35,7 @@ FILE_COLUMNS = ("file", "image", "filename", "file_name", "image_name", "image_p
 CAPTION_COLUMNS = ("caption", "captions", "text", "comment")
 SIDECAR_SUFFIXES = (".txt", ".caption")
 
-_NAMES = ("captions.jsonl", "captions.json", "captions.csv", "captions.tsv")
+CAPTION_FILES = ("captions.jsonl", "captions.json", "captions.csv", "captions.tsv")
 _PATTERNS = ("*.token.txt", "*.token", "captions_*.json", "annotations/captions_*.json")
 _UNSURE = ("captions.txt", "results.csv")  # the first line must fit as well
 
@@ -98,13 +98,14 @@ def clean_caption(text: str) -> str:
 def may_be_captions(name: str) -> bool:
     """Whether a file of this name may be a captions file or a sidecar."""
     return name.lower().endswith(SIDECAR_SUFFIXES) or any(
-        fnmatchcase(name, pattern.rpartition("/")[2]) for pattern in (*_NAMES, *_PATTERNS, *_UNSURE)
+        fnmatchcase(name, pattern.rpartition("/")[2])
+        for pattern in (*CAPTION_FILES, *_PATTERNS, *_UNSURE)
     )
 
 
 def find_caption_files(root: Path) -> list[Path]:
     """The captions files that `root` holds under their usual names, in a fixed order."""
-    found = [root / name for name in _NAMES]
+    found = [root / name for name in CAPTION_FILES]
     for pattern in _PATTERNS:
         found += sorted(root.glob(pattern))
     # Kaggle's names for Flickr8k and Flickr30k say little.

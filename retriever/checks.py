@@ -54,7 +54,8 @@ def missing_pictures(store: Store, notes: list[str]) -> list[str]:
         if gone:
             problems.append(
                 f"{len(gone):,} known pictures are no longer in {printable(root.path)}, such as "
-                f"{printable(gone[0])}; `retriever index` takes them out"
+                f"{printable(gone[0])}; `retriever index` takes them out, with --prune if none is "
+                "left"
             )
     return problems
 

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from PIL import Image, ImageFile
 
 from retriever.captions import (
+    CAPTION_FILES,
     SIDECAR_SUFFIXES,
     CaptionRecord,
     find_caption_files,
@@ -255,7 +256,8 @@ def _folders_below(root: Path, problems: list[str]) -> Iterator[tuple[str, list[
             elif not is_skipped(entry.name):
                 if entry.is_symlink() and _is_reached(entry.path, real_root):
                     problems.append(
-                        f"{printable(prefix + entry.name)}: a link to a folder that is read anyway"
+                        f"{printable(prefix + entry.name)}: a link, not followed: what it leads to"
+                        " is read anyway, or holds this folder"
                     )
                 else:
                     folders.append((entry.path, f"{prefix}{entry.name}/"))
@@ -317,16 +319,17 @@ class CaptionIndex:
     ) -> "CaptionIndex":
         """The index of `pictures`, as `list_pictures(root)` lists them.
 
-        They are only gone through if there is a captions file. One names a picture by its path
-        from the root, from the captions file, or below `images/`; or by its bare name, if only one
-        picture has it.
+        They are only gone through if there is a captions file. One in the root names a picture by
+        its path from the root, from the captions file, or below `images/`; or by its bare name, if
+        only one picture has it. One in a folder further down, such as `2019/captions.csv`, is
+        about that folder.
 
         Raises:
             CaptionError: `captions` cannot be read. A file that was found on its own cannot stop
                 anything: it becomes one of the `problems`.
         """
         index = cls(root)
-        paths = find_caption_files(root) if captions is None else [captions]
+        paths = [captions] if captions else [*find_caption_files(root), *_inner_files(root)]
         if paths:
             index._know_names(picture.file for picture in pictures)
         for path in paths:
@@ -337,7 +340,7 @@ class CaptionIndex:
                     raise
                 index.problems.append(str(exc))
             else:
-                index._add_records(records, source, path)
+                index._add_records(records, source, path, is_found=captions is None)
         return index
 
     @property
@@ -406,14 +409,18 @@ class CaptionIndex:
         new = ([Caption(text, source) for text in texts] for texts in groups)
         self._captions[file] = merge_captions(self._captions.get(file, ()), *new)
 
-    def _add_records(self, records: Iterable[CaptionRecord], source: str, path: Path) -> None:
+    def _add_records(
+        self, records: Iterable[CaptionRecord], source: str, path: Path, *, is_found: bool
+    ) -> None:
         found: dict[str, list[str]] = {}
         whole: dict[str, bool] = {}  # pictures named so far, and whether by a complete record
         wholes: dict[str, list[tuple[str, ...]]] = {}
         rows: dict[str, list[str]] = {}
         for record in records:
             if record.name not in found:
-                found[record.name] = self._find(record.name, path.parent)
+                is_inner = is_found and path.parent != self._root and path.name in CAPTION_FILES
+                find = self._find_inside if is_inner else self._find
+                found[record.name] = find(record.name, path.parent)
             files = found[record.name]
             if len(files) != 1:
                 shown = printable(record.name)
@@ -453,6 +460,25 @@ class CaptionIndex:
             if file in self._by_path:
                 return [self._by_path[file]]
         return self._by_name.get(name, [])
+
+    def _find_inside(self, name: str, folder: Path) -> list[str]:
+        """The same of a captions file that is about its own folder."""
+        name = unicodedata.normalize("NFC", name.replace("\\", "/"))
+        prefix = folder.relative_to(self._root).as_posix()
+        for place in (prefix, f"{prefix}/images"):
+            file = os.path.normpath(f"{place}/{name}")
+            if file in self._by_path and file.startswith(f"{prefix}/"):
+                return [self._by_path[file]]
+        return [file for file in self._by_name.get(name, []) if file.startswith(f"{prefix}/")]
+
+
+def _inner_files(root: Path) -> Iterator[Path]:
+    """Captions files in the folders below `root`."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not is_skipped(name))
+        if folder != os.fspath(root):
+            for name in sorted(set(files).intersection(CAPTION_FILES)):
+                yield Path(folder, name)
 
 
 def read_pairs(

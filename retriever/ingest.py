@@ -53,6 +53,7 @@ WINDOW = 3  # batches decoded or being decoded at any time
 HASH_CHUNK_BYTES = 1 << 20
 MANY = 1000  # pictures that are gone from a folder at once, and left it empty: a drive, it seems
 EMBEDDED_SOURCES = frozenset({"exif", "iptc", "xmp"})  # captions inside the picture file itself
+VANISHED = "went away or changed while the folder was being read"
 GIVEN = "given: "  # begins the source of captions from a file that the caller named
 
 
@@ -216,11 +217,26 @@ class _Job:
         assert self.beside is not None
         former = self.kept or self.before
         given = _from(former, lambda source: source.startswith(GIVEN)) if self.keeps_given else ()
+        if self.is_renamed_in_vain:
+            assert self.kept is not None
+            tabled = _from(self.kept, _is_tabled)
+            given += tuple(CaptionRow(one.text, f"{GIVEN}{one.source}") for one in tabled)
+        texts = {one.text for one in self.beside}
+        given = tuple(one for one in given if one.text not in texts)
         if self.kept:
             inside = _from(self.kept, EMBEDDED_SOURCES.__contains__)
         else:
             inside = self.content.descriptions if self.content else ()
         return self.beside + given + inside
+
+    @property
+    def is_renamed_in_vain(self) -> bool:
+        """Whether a captions file still has captions of this picture under its former name."""
+        if not (self.keeps_given and self.before is None and self.kept):
+            return False
+        return not any(_is_tabled(one.source) for one in self.beside or ()) and any(
+            _is_tabled(one.source) for one in self.kept.captions
+        )
 
     @property
     def needs_picture(self) -> bool:
@@ -278,6 +294,7 @@ class _Run:
         self.removed = 0
         self.interrupted = False
         self.in_flight: set[bytes] = set()  # contents being decoded
+        self.n_renamed_in_vain = 0  # pictures whose captions stand under former names
         self.n_cut = 0  # captions that the model does not read to their end
 
     def check(self, folder: Path) -> None:
@@ -367,6 +384,11 @@ class _Run:
     def report(self) -> IndexReport:
         """What was done."""
         problems = list(self.problems)
+        if self.n_renamed_in_vain:
+            problems.append(
+                f"{self.n_renamed_in_vain:,} moved pictures keep captions that a captions file has"
+                " under their former names; correct the names there"
+            )
         if self.n_cut:
             encoder = self.encoder()
             are, their = ("caption is", "its") if self.n_cut == 1 else ("captions are", "their")
@@ -551,7 +573,7 @@ class _Run:
             try:
                 job.digest = hashing.result() if hashing else job.digest
             except FileNotFoundError:
-                job.failure = "vanished while the folder was being read"
+                job.failure = VANISHED
             except OSError as exc:
                 job.failure = f"cannot be read: {exc.strerror}"
             yield job
@@ -607,6 +629,7 @@ class _Run:
             writes = [_item_write(job, embed) for job in batch if not job.kept]
             self.writer.write(self.root_id, writes)
         self.in_flight -= _digests(batch)
+        self.n_renamed_in_vain += sum(job.is_renamed_in_vain for job in batch)
         for job in batch:
             if job.failure is None:
                 self.counts[job.outcome] += 1
@@ -630,6 +653,9 @@ class _Run:
             except PictureError as exc:
                 # The report names the file already.
                 job.failure = str(exc).removeprefix(f"{printable(job.picture.path)}: ")
+                if not _is_as_listed(job.picture):
+                    # It went away or changed meanwhile: that says nothing about its content.
+                    job.failure, job.digest = VANISHED, None
         if decoded:
             rows = self.encoder().encode_images([one.image for one in decoded.values()])
             for (digest, one), row in zip(decoded.items(), rows, strict=True):
@@ -764,6 +790,19 @@ def _may_exist(path: Path) -> bool:
 
 def _is_same_file(picture: Picture, known: KnownFile) -> bool:
     return (picture.size, picture.mtime_ns) == (known.size, known.mtime_ns)
+
+
+def _is_as_listed(picture: Picture) -> bool:
+    try:
+        status = picture.path.stat()
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns) == (picture.size, picture.mtime_ns)
+
+
+def _is_tabled(source: str) -> bool:
+    """Whether a caption is from a captions file that was found in the folder."""
+    return source != "sidecar" and source not in EMBEDDED_SOURCES and not source.startswith(GIVEN)
 
 
 def _source(caption: Caption, given: Path | None) -> str:

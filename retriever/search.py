@@ -6,6 +6,7 @@ the sum is made a unit row again, so that the scores shown are cosines whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,13 @@ class Searcher:
         """
         if not query.texts and not query.images:
             raise UsageError("The query is empty: give a text, a picture or both")
+        if not all(math.isfinite(weight) for _, weight in (*query.texts, *query.images)):
+            raise UsageError("A weight must be a finite number")
+        for text, _ in query.texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as exc:
+                raise UsageError("The text is not UTF-8") from exc
         encoder = self._encoder()
         total = np.zeros(encoder.dim, dtype=np.float64)
         if query.texts:

@@ -291,6 +291,8 @@ def _summary(report: "IndexReport", library: Path, seconds: float) -> str:
         "failed": len(report.failed),
     }
     changes = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if not changes and not report.unchanged:
+        return "No pictures were found"
     if report.unchanged or not changes:
         changes.append(f"{report.unchanged:,} unchanged")
     if not (report.added or report.updated or report.moved or report.removed):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from retriever.errors import UsageError
 from retriever.terminal import (
     FOLDER,
     SOME_FILES_FAILED,
@@ -51,6 +52,8 @@ def add_to(main: click.Group) -> None:
 @json_option
 def remove(paths: tuple[Path, ...], library_path: Path, as_json: bool) -> None:
     """Forget pictures, or all in a folder; no file is deleted.
+
+    The next `retriever index` of their folder takes them in again, as long as the files are there.
 
     \b
     Examples:
@@ -357,6 +360,8 @@ def import_(
     """
     from retriever.exchange import exported_model
 
+    if (source / "catalogue.sqlite").is_file():
+        raise UsageError(f"{shown(source)} is a library: `retriever merge` takes it in")
     if not library_path.is_dir():
         model = model or exported_model(source)
     with open_or_create(library_path, device, threads, model) as library:
@@ -378,7 +383,16 @@ def merge(others: Sequence[Path], library_path: Path, as_json: bool) -> None:
       retriever merge laptop.lib
       retriever merge 2019.lib 2020.lib --library all.lib
     """
-    with open_library(library_path) as library:
+    for other in others:
+        if (other / "manifest.json").is_file():
+            raise UsageError(f"{shown(other)} is an export: `retriever import` takes it in")
+    with open_library(others[0]) as first:
+        model = first.model.name
+    is_new = not library_path.is_dir()
+    library = (
+        open_or_create(library_path, "auto", None, model) if is_new else open_library(library_path)
+    )
+    with library:
         if_interrupted("What was taken in is kept; the same command goes on from there.")
         for other in others:
             with Progress("Merging", "pictures") as progress:

@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from conftest import paint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -410,3 +411,21 @@ def test_whatever_is_written_to_two_sources_is_read_once(tmp_path: Path, texts: 
     expected = [(line, "sidecar") for line in lines if line]
     assert captions.get("a.jpg", []) == expected
     assert report.captions == len(expected)
+
+
+def test_a_captions_file_further_down_is_about_its_own_folder(tmp_path: Path) -> None:
+    paint(tmp_path / "a.png", "red")
+    paint(tmp_path / "2019" / "a.png", "green")
+    paint(tmp_path / "2019" / "images" / "b.png", "blue")
+    paint(tmp_path / "2020" / "c.png", "white")
+    records = [{"file": name, "captions": [f"caption of {name}"]} for name in ("a.png", "b.png")]
+    records += [{"file": "c.png", "captions": ["of another folder"]}]
+    (tmp_path / "2019" / "captions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "captions.json").write_text('{"a.png": "hidden"}')
+    pairs, report = read_pairs(tmp_path)
+    assert {pair.file: [one.text for one in pair.captions] for pair in pairs} == {
+        "2019/a.png": ["caption of a.png"],
+        "2019/images/b.png": ["caption of b.png"],
+    }
+    assert len(report.unmatched) == 1

@@ -21,7 +21,7 @@ from indexes.store import CaptionRow, ItemRow, ModelSpec, Store
 from retriever import ingest
 from retriever.data import Decoded
 from retriever.errors import CaptionError, FolderGoneError, UsageError
-from retriever.ingest import Failure, IndexReport, index_folder, index_folders
+from retriever.ingest import Failure, IndexReport, content_hash, index_folder, index_folders
 from retriever.workers import DecodeWorkers
 
 Index = Callable[..., IndexReport]
@@ -1110,3 +1110,54 @@ def test_a_folder_that_lost_a_great_many_and_is_empty_is_left_alone(
     assert len(fresh_store.item_ids()) == 5
     (folder / "drive").rename(folder / "drive.old")  # the folder itself is gone: it was deleted
     assert index(folder).removed == 4
+
+
+def test_a_picture_that_went_away_while_it_was_read_is_read_when_it_is_back(
+    fresh_store: Store, toy_encoder: ToyEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    for number in range(3):
+        paint(folder / f"{number}.png", "red", side=number + 1)
+    away = tmp_path / "away"
+    hashed = content_hash
+
+    def leave(path: Path) -> bytes:
+        digest = hashed(path)
+        if path.name == "2.png":  # all were hashed, none is decoded yet
+            folder.rename(away)
+        return digest
+
+    with monkeypatch.context() as patched:
+        patched.setattr("retriever.ingest.content_hash", leave)
+        report = index_folder(fresh_store, lambda: toy_encoder, folder)
+    assert {failure.reason for failure in report.failed} == {
+        "went away or changed while the folder was being read"
+    }
+    away.rename(folder)
+    report = index_folder(fresh_store, lambda: toy_encoder, folder)
+    assert (report.updated, report.failed) == (3, ())
+
+
+def test_a_renamed_picture_keeps_what_a_captions_file_has_under_its_old_name(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    paint(folder / "old" / "red.png", "red")
+    table = folder / "captions.jsonl"
+    table.write_text('{"file": "old/red.png", "captions": ["a red square"]}\n')
+    index(folder)
+    (folder / "old").rename(folder / "new")
+    report = index(folder)
+    assert report.moved == 1
+    assert (
+        "1 moved pictures keep captions that a captions file has under their former names"
+        in (report.problems[0])
+    )
+    for _ in range(2):
+        [item] = items_of(fresh_store).values()
+        assert [one.text for one in item.captions] == ["a red square"]
+        assert index(folder).unchanged == 1
+    table.write_text('{"file": "new/red.png", "captions": ["a red square", "all red"]}\n')
+    index(folder)
+    [item] = items_of(fresh_store).values()
+    assert [one.text for one in item.captions] == ["a red square", "all red"]

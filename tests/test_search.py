@@ -151,3 +151,16 @@ def test_the_query_row_has_unit_length_and_points_to_the_weighted_sum(
     assert np.linalg.norm(row) == pytest.approx(1, abs=1e-6)
     total = sum(weight * encoder.encode_texts([word])[0] for word, weight in parts)
     assert float(row @ total) == pytest.approx(float(np.linalg.norm(total)), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        (Query(texts=(("caf\udce9", 1.0),)), "not UTF-8"),
+        (Query(texts=(("red", float("nan")),)), "finite"),
+        (Query(texts=(("red", float("inf")),)), "finite"),
+    ],
+)
+def test_a_query_that_means_nothing_is_refused(fresh_store, toy_encoder, query, words):
+    with pytest.raises(UsageError, match=words):
+        Searcher(fresh_store, lambda: toy_encoder).images(query)

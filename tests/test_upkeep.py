@@ -310,3 +310,30 @@ def test_a_model_that_was_renewed_is_the_one_meant_by_its_name(tmp_path: Path) -
             assert library.use_model("toy").spec.fingerprint == "toy-2"
             with Library.open(tmp_path / "toy.lib", "toy") as named:
                 assert named.model.fingerprint == "toy-2"
+
+
+def test_merge_makes_the_library_and_tells_an_export_from_a_library(
+    mine: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, folder = mine
+    new = tmp_path / "all.lib"
+    assert "4 added" in run("merge", path, library=new).stdout
+    assert names("a red square", new) == names("a red square", path)
+    run("export", tmp_path / "out", library=path)
+    for args, words in (
+        (("merge", tmp_path / "out"), "is an export: `retriever import`"),
+        (("import", path), "is a library: `retriever merge`"),
+    ):
+        result = run(*args, library=new)
+        assert result.exit_code == 2
+        assert words in result.stderr
+    inside = run("backup", path / "copy.lib", library=path)
+    assert inside.exit_code == 1
+    assert "inside the library itself" in inside.stderr
+    assert folder.is_dir()
+
+
+def test_a_folder_without_pictures_says_so(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run("index", tmp_path / "empty", "--library", tmp_path / "new.lib")
+    assert result.stdout == "No pictures were found\n"
