@@ -16,6 +16,7 @@ import pytest
 from test_store import DIM, MODEL, answers, faiss_file, fill, folder, item, random_rows, store, unit
 
 from indexes import care
+from indexes import catalogue as tables
 from indexes.care import repair
 from indexes.errors import (
     InvalidRowsError,
@@ -32,6 +33,10 @@ __all__ = ["folder", "store"]  # fixtures
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OTHER = ModelSpec("other", 2, "other-fingerprint")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, and what is cleaned up on its way is known."""
 
 
 def execute(store: Store, *statements: str) -> None:
@@ -102,6 +107,37 @@ def test_the_catalogue_is_copied_before_its_schema_changes(old_store):
     assert (old_store / "catalogue.sqlite").read_bytes() != before
     with closing(sqlite3.connect(old_store / f"catalogue.{schema}.sqlite")) as connection:
         assert list(connection.iterdump()) == expected
+
+
+@pytest.mark.parametrize("place", ["before the copy", "after the copy", "inside"])
+def test_a_migration_that_is_cut_off_leaves_the_old_schema_to_the_next(
+    old_store, monkeypatch, place
+):
+    with closing(sqlite3.connect(old_store / "catalogue.sqlite")) as connection:
+        expected = list(connection.iterdump())
+    copy = tables.Catalogue.copy
+
+    def cut_off(self, destination):
+        if place == "after the copy":
+            copy(self, destination)
+        raise Killed
+
+    def half(words):
+        yield from MIGRATIONS[1](words)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        if place == "inside":
+            patched.setattr(tables, "MIGRATIONS", (MIGRATIONS[0], half))
+        else:
+            patched.setattr(tables.Catalogue, "copy", cut_off)
+        with pytest.raises(Killed):
+            Store.open(old_store)
+    with closing(sqlite3.connect(old_store / "catalogue.sqlite")) as connection:
+        assert list(connection.iterdump()) == expected
+    with Store.open(old_store) as store:
+        assert len(store.item_ids()) == 3
+        assert store.verify() == []
 
 
 def test_an_older_store_that_may_not_be_written_says_so(old_store):
@@ -488,10 +524,6 @@ def test_a_catalogue_of_which_nothing_is_left_says_so_and_is_kept(store):
         repair(store.path)
     assert file.read_bytes() == bytes(size)
     assert sorted(one.name for one in store.path.iterdir() if "saved" in one.name) == []
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it, and what is cleaned up on its way is known."""
 
 
 @pytest.mark.parametrize("step", range(12))
