@@ -193,12 +193,12 @@ def repair(path: Path) -> list[str]:
 
 def _mend_database(path: Path) -> Iterator[str]:
     """Replaces a database that SQLite finds damaged by what can be read of it."""
-    file, replacement = path / CATALOGUE, path / REPLACEMENT
+    file, saved, replacement = path / CATALOGUE, path / SAVED, path / REPLACEMENT
     kept = file.with_name(f"catalogue.damaged-{datetime.now(UTC):%Y%m%dT%H%M%S}.sqlite")
     if not replacement.exists():
         if _is_sound(file):
+            saved.unlink(missing_ok=True)  # of a repair that was cut off
             return
-        saved = path / SAVED
         yield from salvage(file, saved)
         for suffix in ("", "-wal"):
             with suppress(FileNotFoundError):

@@ -582,6 +582,7 @@ def test_what_an_old_repair_left_does_not_replace_a_sound_catalogue(store):
         writer.write(1, [item("new.jpg", unit(1, 2, 3, 4))])
     assert repair(store.path) == []
     assert len(store.item_ids()) == 6
+    assert not left.exists()
 
 
 def test_who_had_the_store_open_during_a_repair_goes_on_with_the_new_catalogue(store):
