@@ -753,7 +753,9 @@ class Snapshot:
             try:
                 yield ids, packed.reshape(len(rows), -1)
             except ValueError as error:
-                raise StoreDamagedError(f"embeddings of {kind}s differ in length") from error
+                raise StoreDamagedError(
+                    f"{self._path}: embeddings of {kind}s differ in length; {_WAY_OUT}"
+                ) from error
 
     def vector_count(self, kind: Kind, *, after: int = -1) -> int:
         """How many embeddings were written after a change."""

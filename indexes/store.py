@@ -398,13 +398,13 @@ class Store:
 
         Raises InvalidRowsError for an id without an embedding.
         """
+        vectors = np.empty((len(ids), self.model.dim), dtype=np.float32)
         with self._catalogue.read() as rows:
             found = rows.embeddings(kind, ids)
-        if missing := [owner_id for owner_id in ids if owner_id not in found]:
-            raise InvalidRowsError(f"there is no {kind} embedding of {missing[0]}")
-        vectors = np.empty((len(ids), self.model.dim), dtype=np.float32)
-        for row, owner_id in enumerate(ids):
-            vectors[row] = found[owner_id]
+            if missing := [owner_id for owner_id in ids if owner_id not in found]:
+                raise InvalidRowsError(f"there is no {kind} embedding of {missing[0]}")
+            for row, owner_id in enumerate(ids):
+                vectors[row] = found[owner_id]  # one of another length is told as damage
         return vectors
 
     def embedded(self, kind: Kind, ids: Collection[int]) -> set[int]:

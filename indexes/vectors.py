@@ -68,6 +68,8 @@ class VectorIndex:
         )
         keyed = faiss.IndexIDMap(flat)
         for ids, vectors in batches:
+            if vectors.shape[1] != dim:
+                raise ValueError(f"vectors have {vectors.shape[1]} dimensions, not {dim}")
             keyed.add_with_ids(np.ascontiguousarray(vectors, dtype=np.float32), ids)
         index = cls(keyed)
         assert bool((np.diff(index.ids) > 0).all()), "ids must ascend"

@@ -700,3 +700,17 @@ def test_a_value_of_a_wrong_type_is_found_and_its_row_taken_out(store, fault):
 def test_a_fault_of_the_callers_is_not_taken_for_one_of_the_database(store):
     with pytest.raises(ValueError, match="mine"), store.writer() as writer, writer.together():
         raise ValueError("mine")
+
+
+@pytest.mark.parametrize("where", ["", " WHERE owner_id = 1"])
+def test_vectors_of_a_wrong_length_are_told_as_damage(store, where):
+    fill(store, 3, finish=False)
+    execute(store, "UPDATE image_embeddings SET vector = x'003c0000'" + where)
+    assert any("image" in problem for problem in store.verify())
+    with pytest.raises(StoreDamagedError, match="`retriever repair`"):
+        store.embeddings("image", [1])
+    with pytest.raises(StoreDamagedError, match="`retriever repair`"):
+        store.search("image", random_rows(1, 3), 2)
+    repair(store.path)
+    with Store.open(store.path) as again:
+        assert again.verify() == []
