@@ -26,7 +26,7 @@ from indexes.errors import (
 )
 from indexes.files import CATALOGUE, REPLACEMENT, find_catalogue, sync
 from indexes.locks import locked
-from indexes.records import KINDS, Kind, ModelSpec
+from indexes.records import KINDS, STORED_TOLERANCE, Kind, ModelSpec
 from indexes.salvage import restore_info, salvage
 from indexes.vectors import IndexFileError, VectorIndex
 from indexes.writer import Writer
@@ -34,7 +34,6 @@ from indexes.writer import Writer
 if TYPE_CHECKING:
     from indexes.catalogue import Snapshot, Transaction
 
-STORED_TOLERANCE = 2e-3  # of a length, after rounding to float16
 SAVED = "catalogue.saved.sqlite"
 _COPIED = re.compile(r"catalogue\.sqlite(-wal|-shm|\.tmp)?|(image|caption)-\d+-\d+\.faiss(\.tmp)?")
 LOST = "its embedding was lost; index its folder again"

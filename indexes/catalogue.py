@@ -481,6 +481,13 @@ def _applied_migrations(connection: sa.Connection) -> int:
     return int(connection.execute(sa.select(sa.func.max(schema_migrations.c.number))).scalar() or 0)
 
 
+def _chunks(values: Iterable[Any]) -> Iterator[list[Any]]:
+    """The values, each once, as many at a time as go into one statement."""
+    distinct = list(dict.fromkeys(values))
+    for start in range(0, len(distinct), IN_CHUNK):
+        yield distinct[start : start + IN_CHUNK]
+
+
 class Snapshot:
     """Reads one consistent state of a catalogue."""
 
@@ -499,9 +506,8 @@ class Snapshot:
     def _chunked(
         self, statement: sa.Select[Any], column: sa.ColumnElement[Any], values: Iterable[Any]
     ) -> Iterator[Any]:
-        distinct = list(dict.fromkeys(values))
-        for start in range(0, len(distinct), IN_CHUNK):
-            yield from self._all(statement.where(column.in_(distinct[start : start + IN_CHUNK])))
+        for chunk in _chunks(values):
+            yield from self._all(statement.where(column.in_(chunk)))
 
     def version(self) -> tuple[int, int]:
         """(generation, change): equal pairs mean equal contents."""
@@ -665,8 +671,7 @@ class Snapshot:
         rows = list(self._chunked(statement, column, values))
         texts: dict[int, tuple[CaptionRow, ...]] = {}
         ids = [row.id for row in rows]
-        for start in range(0, len(ids), IN_CHUNK):
-            chunk = ids[start : start + IN_CHUNK]
+        for chunk in _chunks(ids):
             texts |= self._captions_by_item(
                 sa.select(captions).where(captions.c.item_id.in_(chunk))
             )
@@ -897,11 +902,10 @@ class Transaction(Snapshot):
         """Items as failed, with no hash, so that the next run over them reads them again."""
         self._drop_embeddings("image", ids)
         self._drop_embeddings("caption", self.caption_ids(ids))
-        distinct = list(dict.fromkeys(ids))
-        for start in range(0, len(distinct), IN_CHUNK):
+        for chunk in _chunks(ids):
             self._connection.execute(
                 items.update()
-                .where(items.c.id.in_(distinct[start : start + IN_CHUNK]))
+                .where(items.c.id.in_(chunk))
                 .values(status="failed", reason=reason, content_hash=None)
             )
 
@@ -1207,7 +1211,5 @@ class Transaction(Snapshot):
         values: Collection[int],
         *conditions: sa.ColumnElement[bool],
     ) -> None:
-        distinct = list(dict.fromkeys(values))
-        for start in range(0, len(distinct), IN_CHUNK):
-            chunk = distinct[start : start + IN_CHUNK]
+        for chunk in _chunks(values):
             self._connection.execute(table.delete().where(column.in_(chunk), *conditions))

@@ -11,6 +11,12 @@ StoreError
 └── InvalidRowsError     what was handed over is not what the store takes; nothing was written
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class StoreError(Exception):
     """Base of every error that a store raises on purpose."""
@@ -46,3 +52,23 @@ class WrongModelError(StoreError):
 
 class InvalidRowsError(StoreError, ValueError):
     """Rows or embeddings are not what the store takes; nothing of the batch was written."""
+
+
+@contextmanager
+def callers_own(opened: AbstractContextManager[T]) -> Iterator[T]:
+    """`opened`, for a block of the caller's: what that raises comes out as it is.
+
+    A fault in it says nothing about the state of the database, which `opened` would take it for.
+    """
+    fault: BaseException | None = None
+    try:
+        with opened as value:
+            try:
+                yield value
+            except BaseException as error:
+                fault = error
+                raise
+    except StoreError as error:
+        if fault is None or fault is error:
+            raise
+        raise fault from None

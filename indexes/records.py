@@ -14,6 +14,9 @@ Kind = Literal["image", "caption"]
 KINDS: tuple[Kind, ...] = ("image", "caption")
 Status = Literal["ok", "failed"]
 
+UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to a store
+STORED_TOLERANCE = 2e-3  # the same, after rounding to float16
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:

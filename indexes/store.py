@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from indexes.errors import (
     InvalidRowsError,
     StoreDamagedError,
-    StoreError,
     StoreExistsError,
     StoreLockedError,
     StoreNotFoundError,
     StoreReadOnlyError,
     WrongModelError,
+    callers_own,
 )
 from indexes.files import CATALOGUE, LOCK, absolute, find_catalogue, may_write
 from indexes.locks import locked
@@ -295,19 +295,8 @@ class Store:
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
         """One state of the store, which what others write meanwhile does not change."""
-        fault: BaseException | None = None
-        try:
-            with self._catalogue.read() as rows:
-                try:
-                    yield rows
-                except BaseException as error:
-                    fault = error
-                    raise
-        except StoreError as error:
-            # What the caller's own code raised says nothing about the state of the database.
-            if fault is None or fault is error:
-                raise
-            raise fault from None
+        with callers_own(self._catalogue.read()) as rows:
+            yield rows
 
     def roots(self) -> list[tuple[int, Path]]:
         """Ids and absolute paths of the roots, in the order they were added."""

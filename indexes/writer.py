@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from indexes.errors import InvalidRowsError, StoreError, StoreReadOnlyError
+from indexes.errors import InvalidRowsError, StoreReadOnlyError, callers_own
 from indexes.files import absolute, check_there
-from indexes.records import KINDS, CaptionRow, IndexFile, ItemWrite, Kind, ModelSpec
+from indexes.records import (
+    KINDS,
+    UNIT_TOLERANCE,
+    CaptionRow,
+    IndexFile,
+    ItemWrite,
+    Kind,
+    ModelSpec,
+)
 
 if TYPE_CHECKING:
     from indexes.catalogue import Catalogue, Snapshot, Transaction
 
 TOLERATED = 1 / 50  # of the rows of a FAISS file may have changed since it was written
-UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to the store
 _FAISS_NAME = re.compile(r"(image|caption)-\d+-\d+\.faiss(\.tmp)?")
 
 
@@ -43,22 +50,12 @@ class Writer:
     @contextmanager
     def together(self) -> Iterator[None]:
         """All calls inside are one transaction, for many small ones: a commit costs an fsync."""
-        fault: BaseException | None = None
-        try:
-            with self._catalogue.write() as transaction:
-                self._joined = transaction
-                try:
-                    yield
-                except BaseException as error:
-                    fault = error
-                    raise
-                finally:
-                    self._joined = None
-        except StoreError as error:
-            # What the caller's own code raised says nothing about the state of the database.
-            if fault is None or fault is error:
-                raise
-            raise fault from None
+        with callers_own(self._catalogue.write()) as transaction:
+            self._joined = transaction
+            try:
+                yield
+            finally:
+                self._joined = None
 
     @contextmanager
     def _transaction(self) -> Iterator[Transaction]:
@@ -78,6 +75,19 @@ class Writer:
         """Forget a root with all its items, and say how many these were."""
         with self._transaction() as rows:
             return rows.remove_root(root_id)
+
+    def absorb_root(self, root_id: int, inner_id: int, prefix: str) -> None:
+        """A root takes over all items of one that lies inside it at `prefix`, which is forgotten.
+
+        Raises InvalidRowsError if it has an item at the place of one of them.
+        """
+        with self._transaction() as rows:
+            for file, known in rows.known_files(inner_id).items():
+                here = f"{prefix}/{file}"
+                if rows.item_at(root_id, here) is not None:
+                    raise InvalidRowsError(f"another item is at {here!r} already")
+                rows.update_place(known.item_id, root_id=root_id, file=here)
+            rows.remove_root(inner_id)
 
     def relocate_root(self, root_id: int, path: Path) -> None:
         """The same pictures are at another path now, as after a disk changed its mount point."""

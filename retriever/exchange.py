@@ -261,11 +261,7 @@ class _Intake:
             root_id = self.writer.add_root(root)
             for inner_id, path in roots:
                 if path.is_relative_to(root):
-                    prefix = path.relative_to(root)
-                    for file, one in self.store.known_files(inner_id).items():
-                        here = (prefix / file).as_posix()
-                        self.writer.move(one.item_id, root_id, here, one.size, one.mtime_ns)
-                    self.writer.forget_root(inner_id)
+                    self.writer.absorb_root(root_id, inner_id, path.relative_to(root).as_posix())
         return root_id, ""
 
     def take(self, batch: Sequence[Record]) -> None:

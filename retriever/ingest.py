@@ -445,10 +445,7 @@ class _Run:
         with self.writer.together():
             for root_id, path in inside:
                 prefix = path.relative_to(self.root).as_posix()
-                for file, known in self.store.known_files(root_id).items():
-                    here = f"{prefix}/{file}"
-                    self.writer.move(known.item_id, self.root_id, here, known.size, known.mtime_ns)
-                self.writer.forget_root(root_id)
+                self.writer.absorb_root(self.root_id, root_id, prefix)
 
     def _job(
         self, picture: Picture, before: KnownFile | None, sources: CaptionIndex

@@ -41,7 +41,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from indexes.errors import WrongModelError
-from indexes.records import CaptionRow, Kind, Status
+from indexes.records import STORED_TOLERANCE, UNIT_TOLERANCE, CaptionRow, Kind, Status
 from retriever.captions import printable
 from retriever.errors import RetrieverError, UsageError
 
@@ -60,10 +60,6 @@ BLOCK = 4096  # rows looked at together: 8 MiB of 512 float32
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_LINE_BYTES = 64 << 20
 MAX_INTEGER, MAX_SIDE = (1 << 63) - 1, (1 << 31) - 1
-# Of the length of rows in an export: what a store holds, rounded to float16.
-UNIT_TOLERANCE = 2e-3
-# A store takes rows of this length unchanged; others are scaled to 1.
-STORE_TOLERANCE = 1e-3
 _HASH = re.compile(r"(?:[0-9a-f]{2}){1,64}")
 
 
@@ -557,7 +553,7 @@ def open_rows(path: Path, dim: int) -> Rows:
 def _check_unit(path: Path, rows: Rows) -> None:
     for start in range(0, len(rows), BLOCK):
         lengths = lengths_of(rows[start : start + BLOCK])
-        wrong = ~(np.abs(lengths - 1) <= UNIT_TOLERANCE)  # catches NaN too
+        wrong = ~(np.abs(lengths - 1) <= STORED_TOLERANCE)  # catches NaN too
         if wrong.any():
             row = int(np.argmax(wrong))
             raise RetrieverError(
@@ -583,4 +579,4 @@ def unit_rows(rows: Rows) -> NDArray[np.float32]:
     """The rows as a store takes them; those that it would take anyway keep every bit."""
     whole = np.ascontiguousarray(rows, dtype=np.float32)
     lengths = np.linalg.norm(whole, axis=1, keepdims=True)
-    return np.where(np.abs(lengths - 1) <= STORE_TOLERANCE, whole, whole / lengths)
+    return np.where(np.abs(lengths - 1) <= UNIT_TOLERANCE, whole, whole / lengths)
