@@ -8,39 +8,25 @@ gallery, however many captions it has, and pictures of other splits are not in i
 
 import hashlib
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retriever import __version__, metrics
+from retriever import metrics
 from retriever.captions import find_caption_files, printable, read_caption_file
 from retriever.data import CaptionReport, Pair, read_image, read_pairs
 from retriever.encoders import Encoder, checked_embeddings
 from retriever.errors import CaptionError, PictureError, UsageError
+from retriever.machine import environment, percentiles
 
 Array = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
-# Versions that can change a number, named only if the process has loaded them: module → package.
-_PACKAGES = {
-    "numpy": "numpy",
-    "PIL": "pillow",
-    "onnxruntime": "onnxruntime",
-    "tokenizers": "tokenizers",
-    "torch": "torch",
-    "open_clip": "open_clip_torch",
-    "timm": "timm",
-    "faiss": "faiss-cpu",
-}
 _DIRECTIONS = ("t2i", "i2t")
 _EXTREMES = ("pessimistic", "optimistic")
 _LATENCY_QUERIES = 100  # asked one by one to time the index
@@ -252,24 +238,6 @@ def render(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def environment() -> dict[str, Any]:
-    """Machine and versions, as far as they can change a number; no host or user name."""
-    versions = {"retriever": __version__, "python": platform.python_version()}
-    for module, package in _PACKAGES.items():
-        if module in sys.modules:
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError:  # faiss-gpu brings the module faiss as well
-                versions[package] = getattr(sys.modules[module], "__version__", "unknown")
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": len(affinity(0)) if affinity else os.cpu_count(),
-        "versions": versions,
-    }
-
-
 # ---------------------------------------------------------------------------- reading, encoding
 
 
@@ -465,7 +433,6 @@ def _index_table(
         if set(metrics.KS) <= set(ks):
             table["rsum"] = metrics.rsum(table)
         tables.append(table)
-    one_by_one = 1000 * np.concatenate(latencies)
     return {
         "kind": "flat, float16 codes, inner product",
         "parameters": {},
@@ -475,8 +442,7 @@ def _index_table(
         "i2t_overlap": float(np.mean(overlaps["i2t"])),
         "bytes_per_vector": 2 * images.shape[1],
         "build_s": round(sum(seconds), 4),
-        "p50_ms": round(float(np.percentile(one_by_one, 50)), 4),
-        "p95_ms": round(float(np.percentile(one_by_one, 95)), 4),
+        **percentiles(np.concatenate(latencies).tolist()),
     }
 
 
@@ -546,17 +512,6 @@ def _preprocessing(encoder: Encoder) -> dict[str, Any] | None:
     """How pictures are made ready, in the words of the model's own configuration, if it has any."""
     own = getattr(encoder, "preprocessing", None) or getattr(encoder, "config", {}).get("image")
     return dict(own) if own else None
-
-
-def _processor() -> str:
-    """The name of the processor's model."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _listed(names: set[str]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from retriever import metrics
 from retriever.errors import CaptionError, EncoderError, PictureError, UsageError
-from retriever.evaluation import environment, evaluate, render
+from retriever.evaluation import evaluate, render
 
 
 def write_dataset(folder, rows, *, lines=()):
@@ -376,10 +376,3 @@ def test_table_without_intervals_or_ties_is_short(tmp_path, toy_encoder):
         "",
         "Recalls in percent.",
     ]
-
-
-def test_environment_names_the_machine_but_not_its_host():
-    described = environment()
-    assert described["processor"]
-    assert described["cpus"] >= 1
-    assert set(described) == {"platform", "processor", "cpus", "versions"}

@@ -1,0 +1,179 @@
+"""Each benchmark in small form: the command runs, its record can be repeated, its plots be seen.
+
+No timing is asserted: what is checked is that numbers are there, make sense and name what they were
+measured on.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from defusedxml import ElementTree
+from PIL import Image
+
+# Last, because both folders have a file kills.py.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import report
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+ENVIRON = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+# ── for the test of each benchmark ───────────────────────────────────────────────────────────────
+
+
+def run_script(name: str, *options: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """One run of `python benchmarks/NAME.py OPTIONS`."""
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, options)],
+        env=ENVIRON,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def run_benchmark(
+    name: str, *options: object, folder: Path, plots: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The record of a run, checked for all that makes it repeatable, and its plots by suffix."""
+    out = folder / f"{name}.json"
+    done = run_script(name, *options, "--out", out)
+    record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    check_record(record, name)
+    # What the page shows is what was printed.
+    assert "\n".join(record["printed"]) in done.stdout
+    assert record["printed"]
+    drawn = {path.stem for path in folder.glob(f"{name}*.svg")}
+    assert drawn == {f"{name}-{suffix}" if suffix else name for suffix in plots}
+    for stem in drawn:
+        check_plot(folder / stem)
+    return record
+
+
+def check_record(record: Mapping[str, Any], name: str) -> None:
+    assert record["benchmark"] == name
+    assert record["command"].startswith("python ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["written"])
+    assert record["settings"]
+    assert record["data"]["name"]
+    assert record["numbers"]
+    machine = record["environment"]
+    assert machine["processor"]
+    assert machine["cpus"] >= 1
+    assert machine["threads"]["OMP_NUM_THREADS"] == "1"
+    assert set(machine["load_average"]) == {"start", "end"}
+    assert {"retriever", "python", "numpy"} <= set(machine["versions"])
+
+
+def check_plot(stem: Path) -> None:
+    """Both files of a plot show something, and letters large enough to be read."""
+    with Image.open(f"{stem}.png") as image:
+        image.load()
+        assert min(image.size) >= 400
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10, "nothing is drawn"
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255), "unreadable on dark pages"
+    root = ElementTree.parse(f"{stem}.svg").getroot()
+    assert root.tag.endswith("svg")
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 10
+
+
+def check_percentiles(found: Mapping[str, float]) -> None:
+    assert found["n"] >= 1
+    assert 0 < found["p50_ms"] <= found["p95_ms"] <= found["p99_ms"]
+
+
+# ── what they share ──────────────────────────────────────────────────────────────────────────────
+
+
+def python(code: str) -> Sequence[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_measured_process_uses_cpu_memory_and_time() -> None:
+    used = report.run_process(python("x = bytearray(200_000_000); sum(range(10**6))"))
+    assert used["exit"] == 0
+    assert used["cpu_s"] > 0
+    assert used["wall_s"] > 0
+    assert used["peak_mb"] > 200
+
+
+def test_the_memory_of_the_measuring_process_is_not_that_of_the_measured_one() -> None:
+    ballast = bytearray(300_000_000)
+    ballast[::4096] = bytes(len(ballast[::4096])).replace(b"\0", b"\1")
+    assert report.run_process(python("pass"))["peak_mb"] < 100
+
+
+def test_output_goes_to_a_file_if_one_is_given(tmp_path: Path) -> None:
+    out = tmp_path / "said.txt"
+    report.run_process(python("import os; print(os.getcwd())"), cwd=tmp_path, out=out)
+    assert out.read_text(encoding="utf-8").strip() == str(tmp_path)
+
+
+def test_environment_and_status_of_a_measured_process_are_as_asked() -> None:
+    code = "import os, sys; sys.exit(int(os.environ['STATUS']))"
+    assert report.run_process(python(code), env={"STATUS": "7"}, check=False)["exit"] == 7
+    code = "import os; os.kill(os.getpid(), 9)"
+    assert report.run_process(python(code), check=False)["exit"] == -9
+
+
+def test_a_program_that_fails_is_told_with_its_last_words() -> None:
+    with pytest.raises(RuntimeError, match=r"ended with status 1: .*out of ink"):
+        report.run_process(python("raise SystemExit('out of ink')"))
+    with pytest.raises(RuntimeError, match="no-such-program"):
+        report.run_process(["no-such-program"], check=False)
+
+
+def test_programs_are_run_in_turn(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    commands = {name: ["sh", "-c", f"echo {name} >> '{log}'"] for name in "abc"}
+    found = report.interleaved(commands, 3)
+    assert log.read_text(encoding="utf-8").split() == list("abcabcabc")
+    assert list(found) == list("abc")
+    for spread in found.values():
+        assert set(spread) == {"cpu_s", "wall_s", "peak_mb"}
+        for one in spread.values():
+            assert one["min"] <= one["median"] <= one["max"]
+
+
+def test_a_table_is_padded_markdown() -> None:
+    assert report.format_table(["name", "n"], [["a", "1"], ["long one", "1,000"]]) == (
+        "| name     |     n |\n"
+        "| :------- | ----: |\n"
+        "| a        |     1 |\n"
+        "| long one | 1,000 |"
+    )  # fmt: skip
+
+
+def test_a_plot_is_two_files_and_the_same_plot_the_same_bytes(tmp_path: Path) -> None:
+    import plots
+
+    for name in ("one", "two"):
+        figure, (left, right) = plots.new_figure("Title", "n", "ms", columns=2, log="xy")
+        for axes in (left, right):
+            plots.line(axes, 0, "a line", [1, 10, 100], [1, 10, 100])
+            axes.legend()
+        plots.save_plot(figure, tmp_path / name)
+        check_plot(tmp_path / name)
+    for suffix in ("png", "svg"):
+        files = [(tmp_path / f"{name}.{suffix}").read_bytes() for name in ("one", "two")]
+        assert files[0] == files[1]
+
+
+def test_the_slope_of_a_power_is_its_exponent() -> None:
+    import plots
+
+    assert plots.log_log_slope([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
+    assert plots.log_log_slope([1, 4, 16], [3, 6, 12]) == pytest.approx(0.5)
+    assert plots.log_log_slope([1, 2, 3], [7, 7, 7]) == pytest.approx(0, abs=1e-12)
