@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from indexes.catalogue import MODEL_LOST, Catalogue
+from indexes.catalogue import Catalogue
 from indexes.errors import (
     StoreDamagedError,
     StoreExistsError,
@@ -28,18 +28,20 @@ from indexes.files import CATALOGUE, REPLACEMENT, find_catalogue, sync
 from indexes.locks import locked
 from indexes.records import KINDS, STORED_TOLERANCE, Kind, ModelSpec
 from indexes.salvage import restore_info, salvage
+from indexes.snapshot import MODEL_LOST
 from indexes.vectors import IndexFileError, VectorIndex
 from indexes.writer import Writer
 
 if TYPE_CHECKING:
-    from indexes.catalogue import Snapshot, Transaction
+    from indexes.catalogue import Transaction
+    from indexes.snapshot import Reader, Snapshot
 
 SAVED = "catalogue.saved.sqlite"
 _COPIED = re.compile(r"catalogue\.sqlite(-wal|-shm|\.tmp)?|(image|caption)-\d+-\d+\.faiss(\.tmp)?")
 LOST = "its embedding was lost; index its folder again"
 
 
-def verify(path: Path, catalogue: Catalogue) -> list[str]:
+def verify(path: Path, catalogue: Reader) -> list[str]:
     """Problems found by reading all of a store; empty means clean.
 
     Checks SQLite's integrity, foreign keys, that exactly what should have an embedding has one,
@@ -104,7 +106,7 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
     return found
 
 
-def backup(path: Path, catalogue: Catalogue, destination: Path) -> None:
+def backup(path: Path, catalogue: Reader, destination: Path) -> None:
     """Copy the store at `path`, as it is at one moment, into a new folder; see `Store.backup`."""
     if destination.is_relative_to(path):
         raise StoreExistsError(f"{destination} is inside the library itself: name another place")

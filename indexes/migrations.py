@@ -13,6 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 WORDS: Mapping[str, Mapping[str, str]] = {
     "sqlite": {"key": "INTEGER PRIMARY KEY AUTOINCREMENT", "blob": "BLOB"},
 }
+# Which migrations a database has had; made before the first one.
+RECORD = """CREATE TABLE IF NOT EXISTS schema_migrations (
+    number INTEGER NOT NULL PRIMARY KEY,
+    name TEXT NOT NULL,
+    applied_at TEXT NOT NULL)"""
 
 
 def m001_create_tables(words: Mapping[str, str]) -> Sequence[str]:

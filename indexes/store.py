@@ -1,6 +1,6 @@
 """Store: one folder with a SQLite catalogue, which is the truth, and FAISS files made from it.
 
-    photos.lib/catalogue.sqlite           items, captions, embeddings (see `catalogue`)
+    photos.lib/catalogue.sqlite           items, captions, embeddings (see `snapshot`)
                image-1-00000007.faiss     vectors of model 1 as of generation 7 (see `vectors`)
                caption-1-00000007.faiss
                writer.lock                who writes (see `locks`)
@@ -10,14 +10,14 @@ read from the catalogue into a small index in memory and searched beside it; wha
 is masked. Without a usable file all vectors are searched that way, so the answer is the same, and
 the file is made again where the store can be written.
 
-The catalogue and FAISS are imported when a store is opened and searched: they take a while.
+FAISS is imported when a store is searched, and `catalogue` when it is written: they take a while.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -53,11 +53,11 @@ from indexes.records import (
     StoredModel,
     StoreInfo,
 )
+from indexes.snapshot import MODEL_LOST, Reader, Snapshot
 from indexes.writer import Writer, check_embeddings
 
 if TYPE_CHECKING:
     from indexes.catalogue import Catalogue
-    from indexes.catalogue import Snapshot as Snapshot
     from indexes.vectors import VectorIndex
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "Match",
     "ModelSpec",
     "RootInfo",
+    "Snapshot",
     "Store",
     "StoreInfo",
     "StoredModel",
@@ -99,9 +100,7 @@ class Store:
     each sees what was committed when it began.
     """
 
-    def __init__(
-        self, path: Path, catalogue: Catalogue, model: ModelSpec, *, read_only: bool
-    ) -> None:
+    def __init__(self, path: Path, catalogue: Reader, model: ModelSpec, *, read_only: bool) -> None:
         """Used by `create` and `open`."""
         self.path = path
         self.model = model
@@ -192,10 +191,8 @@ class Store:
 
     @classmethod
     def _open(cls, file: Path, model: ModelSpec | None, add_model: bool, read_only: bool) -> Store:
-        from indexes.catalogue import MODEL_LOST, Catalogue
-
         path = file.parent
-        catalogue = Catalogue(file, read_only=read_only)
+        catalogue = Reader(file, read_only=read_only)
         try:
             if catalogue.pending_migrations():
                 if read_only:
@@ -203,8 +200,8 @@ class Store:
                         f"{path} was made by an older version and must be brought up to date, but "
                         "may not be written: open it once where it may be"
                     )
-                with locked(path):
-                    catalogue.migrate()
+                with locked(path), closing(_for_writing(catalogue)) as writable:
+                    writable.migrate()
             default = catalogue.use_model()
             if default is None and catalogue.is_used():
                 raise StoreDamagedError(f"{path} {MODEL_LOST}")
@@ -216,9 +213,9 @@ class Store:
                     raise StoreReadOnlyError(
                         f"{path} may not be written: {model.name} is not in it"
                     )
-                with locked(path):
-                    catalogue.add_model(model)
-                found = model
+                with locked(path), closing(_for_writing(catalogue)) as writable:
+                    writable.add_model(model)
+                found = catalogue.use_model(model.fingerprint)
             if found is None or (model is not None and model.dim != found.dim):
                 assert model is not None
                 raise WrongModelError(
@@ -265,7 +262,11 @@ class Store:
         with locked(self.path):
             with self._catalogue.read() as rows:
                 rows.check_model()
-            yield Writer(self.path, self._catalogue, self.model.dim)
+            reader, writable = self._catalogue, _for_writing(self._catalogue)
+            if writable is not reader:
+                self._catalogue = writable
+                reader.close()
+            yield Writer(self.path, writable, self.model.dim)
 
     def models(self) -> list[StoredModel]:
         """The models whose embeddings are here, the default first."""
@@ -529,3 +530,14 @@ class Store:
         """Whether the catalogue has moved on, and a writer may have taken older files away."""
         with self._catalogue.read() as rows:
             return rows.version()[0] != version[0]
+
+
+def _for_writing(reader: Reader) -> Catalogue:
+    """The catalogue that is read here, or this very one, as one that can be written."""
+    from indexes.catalogue import Catalogue
+
+    if isinstance(reader, Catalogue):
+        return reader
+    catalogue = Catalogue(reader.path)
+    catalogue.model_id = reader.model_id
+    return catalogue

@@ -28,7 +28,8 @@ from indexes.records import (
 )
 
 if TYPE_CHECKING:
-    from indexes.catalogue import Catalogue, Snapshot, Transaction
+    from indexes.catalogue import Catalogue, Transaction
+    from indexes.snapshot import Snapshot
 
 TOLERATED = 1 / 50  # of the rows of a FAISS file may have changed since it was written
 _FAISS_NAME = re.compile(r"(image|caption)-\d+-\d+\.faiss(\.tmp)?")

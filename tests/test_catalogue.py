@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -53,14 +52,14 @@ def test_migrated_tables_have_the_columns_that_queries_use(catalogue):
 def test_migrations_are_recorded_and_run_once(catalogue):
     catalogue.migrate()
     with catalogue.read() as rows:
-        recorded = rows._connection.execute(sa.select(tables.schema_migrations.c.name)).scalars()
-        assert list(recorded) == [migration.__name__ for migration in MIGRATIONS]
+        recorded = rows._each("SELECT name FROM schema_migrations ORDER BY number")
+        assert [name for (name,) in recorded] == [migration.__name__ for migration in MIGRATIONS]
 
 
 def test_foreign_keys_wal_and_full_sync_are_on(catalogue):
     with catalogue.read() as rows:
         pragmas = [
-            rows._connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            rows._first(f"PRAGMA {name}")[0]
             for name in ("foreign_keys", "journal_mode", "synchronous")
         ]
     assert pragmas == [1, "wal", 2]
@@ -68,7 +67,7 @@ def test_foreign_keys_wal_and_full_sync_are_on(catalogue):
 
 def test_a_newer_schema_is_refused(catalogue):
     with catalogue.write() as rows:
-        rows._connection.execute(
+        rows._core.execute(
             tables.schema_migrations.insert().values(number=99, name="m099", applied_at="later")
         )
     with pytest.raises(StoreTooNewError, match=r"has schema 99, this version knows up to 2: "):

@@ -216,7 +216,7 @@ def test_a_job_in_the_background_ignores_the_interrupt_that_is_for_another(
     library: Path, tmp_path: Path
 ) -> None:
     ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    program = ignoring + _pausing("indexes.catalogue", "Catalogue.copy", seconds=0.3)
+    program = ignoring + _pausing("indexes.snapshot", "Reader.copy", seconds=0.3)
     with start(["-c", program, "backup", tmp_path / "copy.lib"], library) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "paused\n"
