@@ -6,11 +6,13 @@ asked for.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +20,13 @@ from PIL import Image
 
 from retriever.errors import EncoderError, MissingExtraError, PictureError, UsageError
 from retriever.models import DEFAULT_MODEL, MINI_FOLDER, ModelInfo, list_models
+from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
+    from retriever.engines import Lanes
     from retriever.towers import DualEncoder
 
 __all__ = [
@@ -38,25 +42,35 @@ __all__ = [
 Array = NDArray[Any]
 ImageInput = Image.Image | Path | Array
 T = TypeVar("T")
+Tower = Literal["image", "text"]
+Feed = Mapping[str, Array]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-RESIZE_MODES = ("squash", "shortest")
-INTERPOLATIONS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-}
 
 # What a config may say: more would be believed only to ask for all memory.
 LIMITS = {"dim": 1 << 16, "size": 4096, "max_tokens": 1 << 16}
 # Rows of one run through a tower: large enough for the matrix products, small in memory.
 IMAGE_BATCH = 32
 TEXT_BATCH = 64
+# The same in ONNX Runtime or OpenVINO on a CPU, whose caches they should fit.
+CPU_BATCH: Mapping[Tower, int] = {"image": 4, "text": 16}
+# Inputs that a tower has had before it gets lanes, which take as long to start as these to run.
+PATIENCE = 96
 # Towers normalise in float32, so rows are much nearer to 1 than this; the store asks for the same.
 UNIT_TOLERANCE = 1e-3
 
 
 class Encoder(Protocol):
-    """What the store, search, evaluation and the command line need of a model."""
+    """What the store, search, evaluation and the command line need of a model.
+
+    An encoder may tell more of itself, which makes indexing faster:
+
+    - `preprocessing`, a `retriever.preprocessing.Preprocessing` or None: how a picture becomes the
+      model's input. Pictures then come finished from the processes that decode them, and preparing
+      one a second time must change nothing.
+    - `batch_size`: pictures that it would best encode at once.
+    - `engine`: what has run it, for people to read.
+    """
 
     @property
     def name(self) -> str:
@@ -153,8 +167,17 @@ class OnnxEncoder:
         self.dim: int = self.config["dim"]
         self.image_size: int = self.config["image"]["size"]
         self.max_text_tokens: int = self.config["text"]["max_tokens"]
+        self.preprocessing = preprocessing_of(self.config["image"])
         self._device = device
         self._threads = threads
+        self._lanes: dict[Tower, Lanes] = {}
+        self._inputs: Counter[Tower] = Counter()
+        self._guard = threading.Lock()  # of both
+
+    @property
+    def engine(self) -> str:
+        """What runs the towers: something else than ONNX Runtime only once there is much to do."""
+        return next((lanes.engine for lanes in self._lanes.values()), "ONNX Runtime")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -188,21 +211,28 @@ class OnnxEncoder:
 
     def encode_images(self, images: Sequence[ImageInput]) -> Array:
         """Embeddings of pictures: (n, d) float32 unit rows; see `Encoder.encode_images`."""
-        rows = [np.empty((0, self.dim), np.float32)]
-        for batch in batches(images, IMAGE_BATCH):
-            pixels = _stacked_pixels(batch, self.config["image"])
-            rows.append(self._run("image.onnx", self._image_session, {"pixels": pixels}))
-        return checked_embeddings(np.concatenate(rows), len(images), self.dim, self.name)
+        if not images:
+            return np.empty((0, self.dim), np.float32)
+        run, run_all, size = self._way("image", len(images))
+
+        def encode(batch: Sequence[ImageInput]) -> Array:
+            return run({"pixels": _stacked_pixels(batch, self.preprocessing)})
+
+        rows = np.concatenate(list(run_all(encode, batches(images, size))))
+        return checked_embeddings(rows, len(images), self.dim, self.name)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:
         """Embeddings of texts: (n, d) float32 unit rows; see `Encoder.encode_texts`."""
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
+        run, run_all, size = self._way("text", len(texts))
 
-        def run(input_ids: Array, mask: Array) -> Array:
-            feed = {"input_ids": input_ids, "attention_mask": mask}
-            return self._run("text.onnx", self._text_session, feed)
+        def encode(input_ids: Array, mask: Array) -> Array:
+            return run({"input_ids": input_ids, "attention_mask": mask})
 
-        embeddings = _encode_by_length(token_ids(self._tokenizer, texts), self.dim, run)
-        return checked_embeddings(embeddings, len(texts), self.dim, self.name)
+        ids = token_ids(self._tokenizer, texts)
+        rows = _encode_by_length(ids, self.dim, encode, size=size, run_all=run_all)
+        return checked_embeddings(rows, len(texts), self.dim, self.name)
 
     def is_cut(self, texts: Sequence[str]) -> list[bool]:
         """Which texts are read only in part; see `Encoder.is_cut`."""
@@ -229,15 +259,48 @@ class OnnxEncoder:
             raise EncoderError(f"{path} is not the file that config.json describes: {_WAY_OUT}")
         return contents
 
-    def _run(self, file: str, session: Any, feed: Mapping[str, Array]) -> Array:
+    def _way(self, tower: Tower, n: int) -> tuple[Callable[[Feed], Array], "RunAll", int]:
+        """The best way to run n inputs: one run, a `map` for many, and inputs for each of them."""
+        run_all: RunAll = map
+        size = CPU_BATCH[tower]
+        lanes = self._lanes_for(tower, n) if n > 1 else None
+        if lanes:
+            run, run_all = lanes.run, lanes.map
+        else:
+            session = self._image_session if tower == "image" else self._text_session
+            if session.get_providers()[0] != "CPUExecutionProvider":
+                size = IMAGE_BATCH if tower == "image" else TEXT_BATCH
+            run = partial(_first_output, session)
+        return partial(self._checked_run, self.folder / f"{tower}.onnx", run), run_all, size
+
+    def _lanes_for(self, tower: Tower, n: int) -> "Lanes | None":
+        """The lanes of a tower, once it has had enough inputs to be worth their start."""
+        from retriever.engines import Lanes, wanted_engine
+
+        with self._guard:
+            self._inputs[tower] += n
+            is_soon = wanted_engine() == "auto" and self._inputs[tower] <= PATIENCE
+            if tower in self._lanes or is_soon or not self._is_on_cpu:
+                return self._lanes.get(tower)
+            path = self.folder / f"{tower}.onnx"
+            self._checked_file(path.name)
+            try:
+                self._lanes[tower] = Lanes(path, self._threads)
+            except Exception as exc:  # see _session
+                raise EncoderError(f"{path} cannot be run: {first_line(exc)}") from exc
+            # Its weights need not be in memory twice. A query brings it back.
+            self.__dict__.pop(f"_{tower}_session", None)
+            return self._lanes[tower]
+
+    def _checked_run(self, path: Path, run: Callable[[Feed], Array], feed: Feed) -> Array:
         """One run of a tower: (b, d) rows for b inputs."""
         try:
-            rows: Array = session.run(["embeddings"], feed)[0]
+            rows = run(feed)
         except Exception as exc:  # see _session
-            raise EncoderError(f"{self.folder / file} cannot be run: {first_line(exc)}") from exc
+            raise EncoderError(f"{path} cannot be run: {first_line(exc)}") from exc
         n = len(next(iter(feed.values())))
         if rows.shape != (n, self.dim):
-            raise EncoderError(f"{self.folder / file} answers {rows.shape}, not {(n, self.dim)}")
+            raise EncoderError(f"{path} answers {rows.shape}, not {(n, self.dim)}")
         return rows
 
     def _session(self, file: str) -> Any:
@@ -263,6 +326,14 @@ class OnnxEncoder:
         except Exception as exc:  # onnxruntime's own errors share no base but Exception
             raise EncoderError(f"{self.folder / file} cannot be run: {first_line(exc)}") from exc
 
+    @cached_property
+    def _is_on_cpu(self) -> bool:
+        import onnxruntime
+
+        available = onnxruntime.get_available_providers()
+        is_auto = self._device == "auto" and "CUDAExecutionProvider" not in available
+        return is_auto or self._device == "cpu"
+
 
 class CheckpointEncoder:
     """A checkpoint that training wrote, run by torch; read when something is first encoded."""
@@ -277,6 +348,7 @@ class CheckpointEncoder:
             self.dim: int = self.config["dim"]
             self.image_size: int = self.config["image"]["size"]
             self.max_text_tokens: int = self.config["text"]["max_tokens"]
+            self.preprocessing = preprocessing_of(self.config["image"])
         except (OSError, ValueError, KeyError, TypeError) as exc:
             raise EncoderError(f"{path} does not describe a checkpoint of ours: {exc!r}") from exc
         self._device = device
@@ -311,7 +383,7 @@ class CheckpointEncoder:
         rows = [np.empty((0, self.dim), np.float32)]
         with torch.inference_mode():
             for batch in batches(images, IMAGE_BATCH):
-                pixels = torch.from_numpy(_stacked_pixels(batch, self.config["image"]))
+                pixels = torch.from_numpy(_stacked_pixels(batch, self.preprocessing))
                 rows.append(model.encode_images(pixels.to(device)).cpu().numpy())
         return checked_embeddings(np.concatenate(rows), len(images), self.dim, self.name)
 
@@ -394,7 +466,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 raise EncoderError(f"{path}: {key!r} is no {kind.__name__}: {_WAY_OUT}")
             if key in LIMITS and not 1 <= part[key] <= LIMITS[key]:
                 raise EncoderError(f"{path}: {key!r} must be from 1 to {LIMITS[key]:,}: {_WAY_OUT}")
-        for key, known in (("resize", RESIZE_MODES), ("interpolation", tuple(INTERPOLATIONS))):
+        for key, known in (("resize", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
             if config["image"][key] not in known:
                 raise EncoderError(f"{path}: {key!r} must be one of {', '.join(known)}")
     except OSError as exc:
@@ -424,31 +496,26 @@ def to_pixels(image: ImageInput, size: int, resize: str, interpolation: str) -> 
 
     Args:
         image: a PIL picture, a path, or a uint8 RGB array of shape (h, w, 3).
-        size: side of the square, in pixels.
-        resize: "squash" (both sides to `size`, whatever the proportions) or "shortest" (the shorter
-            side to `size`, then the middle square).
-        interpolation: "bicubic" or "bilinear".
+        size: see `retriever.preprocessing.Preprocessing`.
+        resize: as there.
+        interpolation: as there.
 
     Raises:
         PictureError: the file cannot be read, or the array has another type or shape.
     """
     picture = open_picture(image, target=size)
-    filtered = INTERPOLATIONS[interpolation]
-    if resize == "squash":
-        return np.asarray(picture.resize((size, size), filtered))
-    # Rounded as torchvision's Resize and CenterCrop do, which open_clip's models were trained with.
-    width, height = picture.size
-    shorter = min(width, height)
-    width, height = int(size * width / shorter), int(size * height / shorter)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = picture.resize((width, height), filtered)
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    return np.asarray(Preprocessing(size, resize, interpolation).prepared(picture))
 
 
-def _stacked_pixels(images: Sequence[ImageInput], config: Mapping[str, Any]) -> Array:
-    """(b, size, size, 3) uint8, made as the `image` part of a model's config says."""
-    size, resize, interpolation = config["size"], config["resize"], config["interpolation"]
-    return np.stack([to_pixels(image, size, resize, interpolation) for image in images])
+def _stacked_pixels(images: Sequence[ImageInput], preprocessing: Preprocessing) -> Array:
+    """(b, size, size, 3) uint8."""
+    size, prepared = preprocessing.size, preprocessing.prepared
+    return np.stack([np.asarray(prepared(open_picture(one, target=size))) for one in images])
+
+
+def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
+    """What the `image` part of a model's config says."""
+    return Preprocessing(config["size"], config["resize"], config["interpolation"])
 
 
 def open_picture(image: ImageInput, *, target: int) -> Image.Image:
@@ -491,22 +558,44 @@ def _without_padding(tokenizer: "Tokenizer", max_tokens: int) -> "Tokenizer":
     return tokenizer
 
 
+class RunAll(Protocol):
+    """The built-in `map`, or one that does several at a time."""
+
+    def __call__(
+        self, function: Callable[[list[T]], Array], batches: Iterable[list[T]], /
+    ) -> Iterable[Array]: ...
+
+
+def _first_output(session: Any, feed: Feed) -> Array:
+    rows: Array = session.run(["embeddings"], feed)[0]
+    return rows
+
+
 def _encode_by_length(
-    ids: Sequence[Sequence[int]], dim: int, run: Callable[[Array, Array], Array]
+    ids: Sequence[Sequence[int]],
+    dim: int,
+    run: Callable[[Array, Array], Array],
+    *,
+    size: int = TEXT_BATCH,
+    run_all: RunAll = map,
 ) -> Array:
-    """(n, d) rows of `run(input_ids, mask)`, whose two inputs are (b, t) int64.
+    """(n, d) rows of `run(input_ids, mask)`, whose two inputs are (b, t) int64, b at most `size`.
 
     Texts of like length run together, so that short ones are not padded to the longest of all.
     """
-    embeddings = np.empty((len(ids), dim), np.float32)
-    by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for batch in batches(by_length, TEXT_BATCH):
+
+    def encode(batch: Sequence[int]) -> Array:
         input_ids = np.zeros((len(batch), len(ids[batch[-1]])), np.int64)
         mask = np.zeros_like(input_ids)
         for place, row in enumerate(batch):
             input_ids[place, : len(ids[row])] = ids[row]
             mask[place, : len(ids[row])] = 1
-        embeddings[batch] = run(input_ids, mask)
+        return run(input_ids, mask)
+
+    embeddings = np.empty((len(ids), dim), np.float32)
+    by_length = list(batches(sorted(range(len(ids)), key=lambda row: len(ids[row])), size))
+    for batch, rows in zip(by_length, run_all(encode, by_length), strict=True):
+        embeddings[batch] = rows
     return embeddings
 
 

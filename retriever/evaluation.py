@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +23,7 @@ from retriever.data import CaptionReport, Pair, read_image, read_pairs
 from retriever.encoders import Encoder, checked_embeddings
 from retriever.errors import CaptionError, PictureError, UsageError
 from retriever.machine import environment, percentiles
+from retriever.preprocessing import Preprocessing
 
 Array = NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -155,6 +156,7 @@ def evaluate(
             "preprocessing": _preprocessing(encoder),
             "image_size": encoder.image_size,
             "max_text_tokens": encoder.max_text_tokens,
+            "engine": getattr(encoder, "engine", None),
         },
         "protocol": {
             "gallery": "this split only",
@@ -510,8 +512,8 @@ def _hash_captions(pairs: Sequence[Pair], texts: Sequence[Sequence[str]]) -> str
 
 def _preprocessing(encoder: Encoder) -> dict[str, Any] | None:
     """How pictures are made ready, in the words of the model's own configuration, if it has any."""
-    own = getattr(encoder, "preprocessing", None) or getattr(encoder, "config", {}).get("image")
-    return dict(own) if own else None
+    own = getattr(encoder, "config", {}).get("image") or getattr(encoder, "preprocessing", None)
+    return asdict(own) if isinstance(own, Preprocessing) else dict(own) if own else None
 
 
 def _listed(names: set[str]) -> str:

@@ -18,6 +18,7 @@ _PACKAGES = {
     "PIL": "pillow",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
+    "openvino": "openvino",
     "tokenizers": "tokenizers",
     "torch": "torch",
     "open_clip": "open_clip_torch",

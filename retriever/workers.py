@@ -4,7 +4,7 @@ costs that one picture, and nothing else.
 A decoder is C code that reads bytes which nobody has checked. In the process of the user, its crash
 would end the run, its endless loop could not be stopped, and its memory would be that of everyone.
 So each thread that decodes has a child process of its own, which does what `read_image` does and
-sends back the pixels.
+sends back the pixels; if it is told how a model wants them, only those that the model reads.
 
 The children are plain interpreters at the other end of two pipes, not of `multiprocessing`: that
 would run the user's script again in each of them unless it has a `__main__` guard. Nothing is
@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -36,6 +37,7 @@ from retriever.captions import printable
 from retriever.data import Caption, Decoded, read_image
 from retriever.decoding import MAX_PIXELS
 from retriever.errors import PictureError, RetrieverError
+from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 
 SECONDS = 60.0
 MEMORY_BYTES = 4 << 30
@@ -45,7 +47,9 @@ _GRACE_SECONDS = 2.0
 _WATCH_SECONDS = 0.25
 _PIPE_BYTES = 1 << 20  # most pictures pass in one go; what systems allow anyone
 _MAX_HEADER_BYTES = 64 << 20  # descriptions inside the picture, mostly none
-_REQUEST = struct.Struct("<II")  # target in pixels or 0, bytes of the path that follows
+# Target in pixels or 0; resize mode and interpolation, as their numbers from 1, or 0; bytes of the
+# path that follows.
+_REQUEST = struct.Struct("<IBBI")
 _LENGTH = struct.Struct("<I")
 
 _ENVIRONMENT = {
@@ -103,8 +107,19 @@ class DecodeWorkers:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def read(self, path: Path, *, target: int | None = None) -> Decoded:
+    def read(
+        self,
+        path: Path,
+        *,
+        target: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Decoded:
         """As `retriever.data.read_image`, pixel for pixel.
+
+        Args:
+            path: as there.
+            target: as there.
+            preprocessing: have the picture read for its size and made ready by it.
 
         Raises:
             PictureError: as there, or the picture took too long, needs too much memory or crashed
@@ -114,7 +129,7 @@ class DecodeWorkers:
         """
         worker = self._idle.get()
         try:
-            return self._read(worker, path, target)
+            return self._read(worker, _Wish(path, target, preprocessing))
         finally:
             self._idle.put(worker)
 
@@ -126,20 +141,20 @@ class DecodeWorkers:
         if self._watch:
             self._watch.join()
 
-    def _read(self, worker: _Worker, path: Path, target: int | None) -> Decoded:
+    def _read(self, worker: _Worker, wish: _Wish) -> Decoded:
         fault = ""
         for _ in range(2):
             if not self._is_ready(worker):
-                return read_image(path, target=target)
+                return wish.fulfilled()
             try:
-                return worker.read(path, target)
+                return worker.read(wish)
             except _EndedError as exc:
                 if self._closed.is_set():
                     raise RuntimeError("closed while a picture was being read") from None
                 fault = str(exc)
                 if exc.is_final:
                     break
-        raise PictureError(f"{printable(path)}: {fault}")
+        raise PictureError(f"{printable(wish.path)}: {fault}")
 
     def _is_ready(self, worker: _Worker) -> bool:
         """Whether there is a process to decode in; raises RetrieverError if only once there was."""
@@ -172,6 +187,45 @@ class DecodeWorkers:
         while not self._closed.wait(min(_WATCH_SECONDS, self._seconds / 4)):
             for worker in self._workers:
                 worker.kill_if_late()
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """A picture that is asked for."""
+
+    path: Path
+    target: int | None
+    preprocessing: Preprocessing | None
+
+    def fulfilled(self) -> Decoded:
+        """The picture, decoded here; raises PictureError or MemoryError."""
+        if self.preprocessing is None:
+            return read_image(self.path, target=self.target)
+        decoded = read_image(self.path, target=self.preprocessing.size)
+        return replace(decoded, image=self.preprocessing.prepared(decoded.image))
+
+    def packed(self) -> bytes:
+        """The request for it; the path is made absolute, for the process may be elsewhere."""
+        name = os.fsencode(self.path.absolute())
+        target, resize, interpolation = self.target or 0, 0, 0
+        if one := self.preprocessing:
+            target = one.size
+            resize = RESIZE_MODES.index(one.resize) + 1
+            interpolation = INTERPOLATIONS.index(one.interpolation) + 1
+        return _REQUEST.pack(target, resize, interpolation, len(name)) + name
+
+    @classmethod
+    def received(cls, requests: BinaryIO) -> _Wish | None:
+        """What `packed` has sent, or None at the end of all requests."""
+        request = requests.read(_REQUEST.size)
+        if not request:
+            return None
+        target, resize, interpolation, length = _REQUEST.unpack(request)
+        path = Path(os.fsdecode(requests.read(length)))
+        if not resize:
+            return cls(path, target or None, None)
+        modes = RESIZE_MODES[resize - 1], INTERPOLATIONS[interpolation - 1]
+        return cls(path, None, Preprocessing(target, *modes))
 
 
 class _EndedError(Exception):
@@ -221,17 +275,16 @@ class _Worker:
                 fcntl.fcntl(answers, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             _header(answers)
 
-    def read(self, path: Path, target: int | None) -> Decoded:
+    def read(self, wish: _Wish) -> Decoded:
         """Raises PictureError as `read_image` does, or _EndedError."""
-        name = os.fsencode(path.absolute())
         with self._exchange(self._seconds) as (requests, answers):
-            requests.write(_REQUEST.pack(target or 0, len(name)) + name)
+            requests.write(wish.packed())
             requests.flush()
             found = _received(answers)
         if isinstance(found, Decoded):
             return found
         reason = found or f"needs more memory than {self._memory_bytes >> 20:,} MB to decode"
-        raise PictureError(f"{printable(path)}: {reason}")
+        raise PictureError(f"{printable(wish.path)}: {reason}")
 
     def kill_if_late(self) -> None:
         with self._lock:
@@ -342,12 +395,10 @@ def serve(seconds: float, memory_bytes: int) -> None:
         Path("/proc/self/oom_score_adj").write_text("500")
     _bound_memory(memory_bytes)
     _send(answers, {})
-    while request := requests.read(_REQUEST.size):
-        target, length = _REQUEST.unpack(request)
-        path = Path(os.fsdecode(requests.read(length)))
+    while wish := _Wish.received(requests):
         # The parent kills a process that is late. If the parent is gone, the alarm does.
         _alarm(seconds + _GRACE_SECONDS)
-        header, pixels = _answer(path, target or None)
+        header, pixels = _answer(wish)
         _send(answers, header, pixels)
         _alarm(0)
 
@@ -369,14 +420,14 @@ def _bound_memory(memory_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, most))
 
 
-def _answer(path: Path, target: int | None) -> tuple[dict[str, Any], bytes]:
+def _answer(wish: _Wish) -> tuple[dict[str, Any], bytes]:
     try:
-        decoded = read_image(path, target=target)
+        decoded = wish.fulfilled()
         pixels = decoded.image.tobytes()
     except PictureError as exc:
         if isinstance(exc.__cause__, MemoryError):
             return {"reason": None}, b""
-        return {"reason": str(exc).removeprefix(f"{printable(path)}: ")}, b""
+        return {"reason": str(exc).removeprefix(f"{printable(wish.path)}: ")}, b""
     except MemoryError:
         return {"reason": None}, b""
     header = {

@@ -1,0 +1,51 @@
+"""How pictures become the squares that towers read: said once, done alike wherever it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+RESIZE_MODES = ("squash", "shortest")
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a decoded picture becomes the input of a tower.
+
+    Args:
+        size: side of the square, in pixels.
+        resize: "squash" (both sides to `size`, whatever the proportions) or "shortest" (the shorter
+            side to `size`, then the middle square).
+        interpolation: "bicubic" or "bilinear".
+
+    Raises:
+        ValueError: one of them is something else.
+    """
+
+    size: int
+    resize: str
+    interpolation: str
+
+    def __post_init__(self) -> None:
+        is_known = self.resize in RESIZE_MODES and self.interpolation in INTERPOLATIONS
+        if self.size < 1 or not is_known:
+            raise ValueError(f"no picture can be prepared as {self} says")
+
+    def prepared(self, picture: Image.Image) -> Image.Image:
+        """The (size, size) picture; the very pixels of one that has this size already."""
+        from PIL import Image
+
+        size, filtered = self.size, Image.Resampling[self.interpolation.upper()]
+        if self.resize == "squash":
+            return picture.resize((size, size), filtered)
+        # Rounded as torchvision's Resize and CenterCrop: open_clip's models were trained with them.
+        width, height = picture.size
+        shorter = min(width, height)
+        width, height = int(size * width / shorter), int(size * height / shorter)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        resized = picture.resize((width, height), filtered)
+        return resized.crop((left, top, left + size, top + size))
