@@ -71,7 +71,9 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
             index = VectorIndex.load(
                 path / file.name, dim=model.dim, rows=file.rows, stamp=file.stamp
             )
+            index.check()
         except IndexFileError as error:
+            index = None
             found.append(f"{error}; `retriever repair` makes it again")
     after = file.change if file is not None else -1
     beside = _ids_after(rows, kind, after)
@@ -157,7 +159,9 @@ def _drop_spoilt_files(path: Path, catalogue: Catalogue) -> None:
                 if file is not None:
                     where = path / file.name
                     try:
-                        VectorIndex.load(where, dim=model.dim, rows=file.rows, stamp=file.stamp)
+                        VectorIndex.load(
+                            where, dim=model.dim, rows=file.rows, stamp=file.stamp
+                        ).check()
                     except IndexFileError:
                         where.unlink(missing_ok=True)
 
@@ -260,6 +264,7 @@ def _mend_vectors(path: Path, rows: Transaction, model: ModelSpec, kind: Kind) -
             index = VectorIndex.load(
                 path / file.name, dim=model.dim, rows=file.rows, stamp=file.stamp
             )
+            index.check()
             # Only what has not changed since the file was written is the same in both.
             beside = _ids_after(rows, kind, file.change)
             for ids, stored in rows.vectors(kind):

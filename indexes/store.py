@@ -336,9 +336,22 @@ class Store:
         if k < 1:
             raise ValueError(f"k must be at least 1, not {k}")
         check_embeddings("queries", queries, self.model.dim)
+        from indexes.vectors import IndexFileError
+
+        while True:
+            gallery = self._gallery(kind)
+            try:
+                return self._search(gallery, queries, k, among)
+            except IndexFileError:  # found damaged where it had not been read before
+                with self._guard:
+                    if self._galleries.get(kind) is gallery:
+                        self._galleries[kind] = replace(gallery, version=(-1, -1), index=None)
+
+    def _search(
+        self, gallery: _Gallery, queries: NDArray[np.float32], k: int, among: Collection[int] | None
+    ) -> list[Match]:
         from indexes.vectors import merge
 
-        gallery = self._gallery(kind)
         wanted = None
         if among is not None:
             wanted = np.unique(np.fromiter(among, dtype=np.int64, count=len(among)))

@@ -133,7 +133,7 @@ SAYS = {
 FAISS_SAYS = {
     "truncated": "{file} has {less} bytes, not {size}",
     "zeroed": "{file} has checksum {now}, not {then}",
-    "one bit flipped": "{file} has checksum {now}, not {then}",
+    "one bit flipped": "{file} is damaged in the 64 KiB from byte 0",
     "of another library": "{file} has checksum {now}, not {then}",
     "missing": "{file} cannot be read (No such file or directory)",
     "a folder": "{file} is no file",
@@ -595,9 +595,10 @@ def test_a_spoilt_faiss_file_is_named_and_mended_and_changes_no_answer(
     import xxhash
 
     [file] = library.glob("image-*.faiss")
-    then, size = xxhash.xxh3_128_hexdigest(file.read_bytes()), file.stat().st_size
+    # So few vectors are one block, whose checksum is the file's last eight bytes.
+    then, size = xxhash.xxh3_128_hexdigest(file.read_bytes()[-8:]), file.stat().st_size
     spoil_faiss(fault, library, stranger)
-    now = xxhash.xxh3_128_hexdigest(file.read_bytes()) if file.is_file() else None
+    now = xxhash.xxh3_128_hexdigest(file.read_bytes()[-8:]) if file.is_file() else None
     sentence = FAISS_SAYS[fault].format(
         file=file.name, size=size, less=size - 7, now=now, then=then
     )

@@ -12,11 +12,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -519,6 +521,42 @@ def test_a_damaged_catalogue_is_named_with_the_way_out(store):
     file.write_bytes(b"\0" * len(content))
     with pytest.raises(StoreDamagedError, match="`retriever repair` saves what can be read"):
         Store.open(store.path)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_damage_that_only_a_search_comes_upon_changes_no_answer(store, monkeypatch, read_only):
+    monkeypatch.setattr(vectors, "BLOCK", 64)
+    fill(store)
+    expected = answers(store)
+    file = faiss_file(store)
+    content = bytearray(file.read_bytes())
+    content[200] ^= 1  # in the tenth vector: neither a header nor an id
+    file.write_bytes(content)
+    with Store.open(store.path, read_only=read_only) as again:
+        assert answers(again) == expected
+        assert again.generation == (1 if read_only else 2)
+        assert answers(again) == expected
+        assert bool(again.verify()) == read_only
+
+
+def test_a_file_of_an_older_version_is_used_in_silence(store, capfd):
+    fill(store)
+    expected = answers(store)
+    store.close()
+    for kind in ("image", "caption"):
+        file = faiss_file(store, kind)
+        content = file.read_bytes()[:-8]
+        file.write_bytes(content)
+        with closing(sqlite3.connect(store.path / "catalogue.sqlite")) as database, database:
+            database.execute(
+                "UPDATE index_files SET size_bytes = ?, checksum = ? WHERE name = ?",
+                (len(content), xxhash.xxh3_128_hexdigest(content), file.name),
+            )
+    with Store.open(store.path) as again:
+        assert again.verify() == []
+        assert answers(again) == expected
+        assert again.generation == 1
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn", "empty", "zeroed", "flipped", "foreign"])

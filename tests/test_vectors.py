@@ -124,21 +124,23 @@ def load(saved: tuple[Path, FileStamp]) -> VectorIndex:
     return VectorIndex.load(saved[0], dim=DIM, rows=1000, stamp=saved[1])
 
 
-def stamp_of(content: bytes) -> FileStamp:
-    return FileStamp(len(content), xxhash.xxh3_128_hexdigest(content))
+def as_recorded(content: bytes) -> tuple[bytes, FileStamp]:
+    """A file with that content and its checksums, worked out by hand, and its stamp."""
+    blocks = [content[start : start + 65_536] for start in range(0, len(content), 65_536)]
+    sums = b"".join(xxhash.xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks)
+    return content + sums, FileStamp(len(content + sums), xxhash.xxh3_128_hexdigest(sums))
 
 
-def test_a_saved_index_answers_the_same_under_any_file_name(saved):
-    index, queries = load(saved), unit_rows(4, 8)
-    expected = make(unit_rows(1000, 7), np.arange(1000) * 2).search(queries, 20)
-    assert list(map(as_lists, index.search(queries, 20))) == list(map(as_lists, expected))
-    assert [entry.name for entry in saved[0].parent.iterdir()] == [saved[0].name]
-
-
-def test_an_open_index_outlives_its_file(saved):
-    index = load(saved)
-    saved[0].unlink()
-    assert index.search(unit_rows(1000, 7)[3:4], 1)[0].ids.tolist() == [6]
+@pytest.mark.parametrize("count", [0, 1, 1635, 1636, 3273, 5000])
+def test_a_file_is_what_faiss_wrote_and_a_checksum_of_each_block(tmp_path, count):
+    """1635 rows of 16-d and ids, with what FAISS says of them, fill one block and 1636 do not."""
+    rows = unit_rows(count, 1)
+    content = faiss.serialize_index(make(rows)._keyed).tobytes()
+    stamp = make(rows).save(tmp_path / "index")
+    assert ((tmp_path / "index").read_bytes(), stamp) == as_recorded(content)
+    index = VectorIndex.load(tmp_path / "index", dim=DIM, rows=count, stamp=stamp)
+    index.check()
+    assert np.array_equal(index.vectors(np.arange(count)), rows.astype(np.float16))
 
 
 @pytest.mark.parametrize("size", [0, 1, 60, 100, 4096, 40_000])
@@ -154,13 +156,92 @@ def test_a_missing_file_is_refused(saved):
         load(saved)
 
 
-@pytest.mark.parametrize("place", [0, 5, 100, 20_000, -1])
-def test_a_changed_byte_is_noticed(saved, place):
-    content = bytearray(saved[0].read_bytes())
+def spoil(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
     content[place] ^= 1
-    saved[0].write_bytes(content)
-    with pytest.raises(IndexFileError, match="checksum"):
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        *((place, "damaged in the 64 KiB from byte 0") for place in (0, 5, 100, 20_000, -9)),
+        *((place, "has checksum") for place in (-8, -1)),
+    ],
+)
+def test_a_changed_byte_is_noticed(saved, place, words):
+    spoil(saved[0], place)
+    with pytest.raises(IndexFileError, match=words):
         load(saved)
+
+
+def test_an_older_file_is_used_if_all_its_bytes_have_the_recorded_checksum(saved):
+    made = make(unit_rows(1000, 7), np.arange(1000) * 2)
+    content = faiss.serialize_index(made._keyed).tobytes()
+    older = FileStamp(len(content), xxhash.xxh3_128_hexdigest(content))
+    saved[0].write_bytes(content)
+    index, queries = load((saved[0], older)), unit_rows(4, 8)
+    index.check()
+    assert list(map(as_lists, index.search(queries, 5))) == list(
+        map(as_lists, made.search(queries, 5))
+    )
+    assert np.array_equal(index.vectors(np.arange(1000)), made.vectors(np.arange(1000)))
+    for place in (0, 20_000, -1):
+        spoil(saved[0], place)
+        with pytest.raises(IndexFileError, match="checksum"):
+            load((saved[0], older))
+        saved[0].write_bytes(content)
+
+
+WIDE = 512  # dimensions: 4000 rows are 63 blocks, of which the ids take the last
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> tuple[Path, FileStamp]:
+    return tmp_path / "many", make(unit_rows(4000, 7, WIDE)).save(tmp_path / "many")
+
+
+def load_many(many: tuple[Path, FileStamp]) -> VectorIndex:
+    return VectorIndex.load(many[0], dim=WIDE, rows=4000, stamp=many[1])
+
+
+@pytest.mark.parametrize("place", [0, 70_000, 2_000_000, 4_095_999, 4_096_117])
+def test_damage_among_vectors_is_noticed_by_whatever_reads_them_all(many, place):
+    spoil(many[0], place)
+    words = f"many is damaged in the 64 KiB from byte {place // 65_536 * 65_536:,}"
+    if place < 65_536 or place > 62 * 65_536:
+        with pytest.raises(IndexFileError, match=words):
+            load_many(many)
+        return
+    with pytest.raises(IndexFileError, match=words):
+        load_many(many).check()
+    index = load_many(many)
+    for _ in range(2):  # what was found damaged is not believed the next time
+        with pytest.raises(IndexFileError, match=words):
+            index.search(unit_rows(1, 8, WIDE), 3)
+
+
+def test_only_the_vectors_in_a_damaged_block_cannot_be_had(many):
+    """The codes begin at byte 118, so row 63 begins in one block of 64 KiB and ends in the next."""
+    spoil(many[0], 70_000)
+    index, expected = load_many(many), unit_rows(4000, 7, WIDE).astype(np.float16)
+    damaged = {row for row in range(4000) if 65_536 < 118 + 1024 * (row + 1) - 1 < 131_072 + 1024}
+    assert damaged == set(range(63, 128))
+    for row in range(0, 200):
+        positions = np.array([3999, row, 5, row])
+        if row in damaged:
+            with pytest.raises(IndexFileError, match="from byte 65,536"):
+                index.vectors(positions)
+        else:
+            assert np.array_equal(index.vectors(positions), expected[positions])
+    assert index.vectors(np.arange(0)).shape == (0, WIDE)
+
+
+def test_few_vectors_are_had_without_reading_the_others(many):
+    index = load_many(many)
+    index.vectors(np.array([0, 2000]))
+    index.search(unit_rows(1, 8, WIDE), 3, allowed=np.arange(4000) == 1000)
+    assert np.flatnonzero(index._file._checked).tolist() == [0, 15, 31, 62]
 
 
 def test_a_change_behind_the_file_system_is_noticed(saved):
@@ -168,7 +249,7 @@ def test_a_change_behind_the_file_system_is_noticed(saved):
     content[20_000] ^= 1
     saved[0].write_bytes(content)
     os.utime(saved[0], ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(IndexFileError, match="checksum"):
+    with pytest.raises(IndexFileError, match="damaged"):
         load(saved)
 
 
@@ -179,20 +260,28 @@ def test_a_file_of_another_library_is_refused(saved, tmp_path):
         load(saved)
 
 
-@pytest.mark.parametrize("content", [b"\0" * 40_126, b"IxMp" * 10_000, b"junk"])
+@pytest.mark.parametrize("content", [b"\0" * 40_126, b"IxMp" * 10_000, b"junk", b""])
 def test_what_faiss_cannot_read_is_refused_even_if_it_is_what_was_recorded(saved, content):
-    saved[0].write_bytes(content)
+    written, stamp = as_recorded(content)
+    saved[0].write_bytes(written)
     with pytest.raises(IndexFileError):
-        load((saved[0], stamp_of(content)))
+        load((saved[0], stamp))
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(DIM, 999), (DIM, 0), (DIM - 1, 1000), (36, 500)])
+def test_an_index_of_another_size_than_recorded_is_refused(saved, dim, rows):
+    with pytest.raises(IndexFileError, match="other vectors than the catalogue says"):
+        VectorIndex.load(saved[0], dim=dim, rows=rows, stamp=saved[1])
 
 
 def test_another_kind_of_faiss_index_is_refused(saved):
     flat = faiss.IndexFlatIP(DIM)
     flat.add(unit_rows(1000, 7))
     content = faiss.serialize_index(flat).tobytes()
-    saved[0].write_bytes(content)
+    written, stamp = as_recorded(content)
+    saved[0].write_bytes(written)
     with pytest.raises(IndexFileError):
-        load((saved[0], stamp_of(content)))
+        load((saved[0], stamp))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux' always full device")
