@@ -7,9 +7,11 @@ not hold yet is what has a higher number than the file.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,15 @@ from numpy.typing import NDArray
 
 from indexes.errors import InvalidRowsError
 from indexes.migrations import MIGRATIONS, RECORD, WORDS
-from indexes.records import CaptionRow, IndexFile, ItemWrite, Kind, ModelSpec
+from indexes.records import (
+    ApproximateFile,
+    CaptionRow,
+    IndexFile,
+    ItemWrite,
+    Kind,
+    ModelSpec,
+    SearchPolicy,
+)
 from indexes.snapshot import (
     OWNER,
     OWNERS,
@@ -62,6 +72,7 @@ embeddings: Mapping[Kind, sa.Table] = {
 }
 tombstones = _table("tombstones")
 index_files = _table("index_files")
+approximate_files = _table("approximate_files")
 schema_migrations = _table("schema_migrations")
 
 
@@ -162,6 +173,19 @@ def _item_values(root_id: int, item: ItemWrite) -> dict[str, Any]:
     }
 
 
+def _file_values(model_id: int, kind: Kind, file: IndexFile) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "model_id": model_id,
+        "name": file.name,
+        "generation": file.generation,
+        "change": file.change,
+        "rows": file.rows,
+        "size_bytes": file.stamp.size_bytes,
+        "checksum": file.stamp.checksum,
+    }
+
+
 class Transaction(Snapshot):
     """Changes a catalogue; what one transaction writes carries one change number."""
 
@@ -214,7 +238,7 @@ class Transaction(Snapshot):
         _ = self.change  # drawn, so that those who have the store open look again
         # What only this model has seen would be left with no embedding at all: such items are
         # read again by the next run, as those are whose bytes could not be read.
-        for table in (*embeddings.values(), tombstones, index_files):
+        for table in (*embeddings.values(), tombstones, index_files, approximate_files):
             self._core.execute(table.delete().where(table.c.model_id == model_id))
         self._core.execute(models.delete().where(models.c.id == model_id))
         self.forget_contents(
@@ -414,18 +438,21 @@ class Transaction(Snapshot):
                 table.delete().where(table.c.kind == kind, table.c.model_id == model_id)
             )
         if file is not None:
-            self._core.execute(
-                index_files.insert().values(
-                    kind=kind,
-                    model_id=model_id,
-                    name=file.name,
-                    generation=file.generation,
-                    change=file.change,
-                    rows=file.rows,
-                    size_bytes=file.stamp.size_bytes,
-                    checksum=file.stamp.checksum,
-                )
-            )
+            self._core.execute(index_files.insert().values(_file_values(model_id, kind, file)))
+
+    def record_approximate(self, model_id: int, kind: Kind, built: ApproximateFile | None) -> None:
+        """Make `built` the approximate index to use; None: search is exact."""
+        table = approximate_files
+        self._core.execute(table.delete().where(table.c.kind == kind, table.c.model_id == model_id))
+        if built is not None:
+            facts = asdict(built)
+            del facts["file"]
+            values = _file_values(model_id, kind, built.file) | {"facts": json.dumps(facts)}
+            self._core.execute(table.insert().values(values))
+
+    def set_policy(self, policy: SearchPolicy) -> None:
+        """How this store may search from now on."""
+        self._core.execute(store_info.update().values(policy=json.dumps(asdict(policy))))
 
     def next_generation(self) -> int:
         """A new generation's number."""

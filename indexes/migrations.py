@@ -99,7 +99,26 @@ def m002_remember_full_runs(words: Mapping[str, str]) -> Sequence[str]:
     ]
 
 
+def m003_approximate_files(words: Mapping[str, str]) -> Sequence[str]:
+    """Approximate indexes beside the FAISS files, and how a library may search."""
+    return [
+        """CREATE TABLE approximate_files (
+            kind TEXT NOT NULL,
+            model_id BIGINT NOT NULL REFERENCES models (id) ON DELETE CASCADE,
+            name TEXT NOT NULL,
+            generation BIGINT NOT NULL,
+            change BIGINT NOT NULL,
+            rows BIGINT NOT NULL,
+            size_bytes BIGINT NOT NULL,
+            checksum TEXT NOT NULL,
+            facts TEXT NOT NULL,
+            PRIMARY KEY (kind, model_id))""",
+        "ALTER TABLE store_info ADD COLUMN policy TEXT",
+    ]
+
+
 MIGRATIONS: tuple[Callable[[Mapping[str, str]], Sequence[str]], ...] = (
     m001_create_tables,
     m002_remember_full_runs,
+    m003_approximate_files,
 )

@@ -161,6 +161,53 @@ class IndexFile:
     stamp: FileStamp
 
 
+@dataclass(frozen=True, slots=True)
+class SearchPolicy:
+    """How a store may search: always exactly, or approximately where that pays and proves itself.
+
+    memory_bytes: what the approximate indexes of one kind may take; None: what suits their size.
+    overlap: least share of the exact 10 best that must be found, on average over real queries.
+    """
+
+    exact: bool = False
+    memory_bytes: int | None = None
+    overlap: float = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """How an approximate index is searched from one side, and what was measured of that.
+
+    k: results for which it was measured. probes, candidates: see `ApproximateIndex.candidates`.
+    overlap: share of the exact k best found, mean over `queries`. p50_ms, exact_p50_ms: median time
+    of one query, one after the other, on the machine that built the index.
+    """
+
+    k: int
+    probes: int
+    candidates: int
+    overlap: float
+    p50_ms: float
+    exact_p50_ms: float
+    queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class ApproximateFile:
+    """The file of an approximate index as the catalogue records it, with its measurements.
+
+    `directions` has "text" and "image", by where the query comes from, each with ascending k.
+    `policy` is the one that it was built under.
+    """
+
+    file: IndexFile
+    policy: SearchPolicy
+    kind: str  # such as "IVF4096,RaBitQfs"
+    memory_bytes: int
+    build_seconds: float
+    directions: dict[str, list[Direction]]
+
+
 class KindInfo(TypedDict):
     """How one kind of embedding is searched: rows in the FAISS file, beside it, and struck out."""
 

@@ -9,6 +9,7 @@ changes.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import sys
@@ -34,7 +35,9 @@ from indexes.errors import (
 from indexes.files import may_write, sync
 from indexes.migrations import MIGRATIONS
 from indexes.records import (
+    ApproximateFile,
     CaptionRow,
+    Direction,
     FileStamp,
     IndexFile,
     ItemRow,
@@ -42,6 +45,7 @@ from indexes.records import (
     KnownFile,
     ModelSpec,
     RootInfo,
+    SearchPolicy,
     Status,
 )
 
@@ -64,6 +68,7 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "model_id": "integer",
         "generation": "integer",
         "change": "integer",
+        "policy": "text",
     },
     "roots": {"id": "integer", "path": "blob", "indexed_at": "time"},  # UTC
     "items": {
@@ -103,6 +108,17 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "rows": "integer",
         "size_bytes": "integer",
         "checksum": "text",
+    },
+    "approximate_files": {
+        "kind": "text",
+        "model_id": "integer",
+        "name": "text",
+        "generation": "integer",
+        "change": "integer",
+        "rows": "integer",
+        "size_bytes": "integer",
+        "checksum": "text",
+        "facts": "text",  # JSON: the fields of ApproximateFile but for `file`
     },
     "schema_migrations": {"number": "integer", "name": "text", "applied_at": "text"},
 }
@@ -660,6 +676,15 @@ class Snapshot:
         while rows := cursor.fetchmany(VECTOR_CHUNK):
             yield rows
 
+    def ids_after(self, kind: Kind, change: int) -> Ids:
+        """Ids of the embeddings that were written after a change, ascending."""
+        rows = self._each(
+            f"SELECT owner_id FROM {kind}_embeddings"
+            " WHERE model_id = :model AND change > :after ORDER BY owner_id",
+            after=change,
+        )
+        return np.array([owner_id for (owner_id,) in rows], dtype=np.int64)
+
     def vector_count(self, kind: Kind, *, after: int = -1) -> int:
         """How many embeddings were written after a change."""
         return self._count(
@@ -680,14 +705,40 @@ class Snapshot:
             " WHERE kind = :kind AND model_id = :model",
             kind=kind,
         )
+        return _index_file(*row) if row else None
+
+    def approximate_file(self, kind: Kind) -> ApproximateFile | None:
+        """The approximate index of this kind, as recorded when it was built and measured."""
+        row = self._first(
+            "SELECT facts, name, generation, change, rows, size_bytes, checksum"
+            " FROM approximate_files WHERE kind = :kind AND model_id = :model",
+            kind=kind,
+        )
         if row is None:
             return None
-        name, generation, change, count, size_bytes, checksum = row
-        return IndexFile(name, generation, change, count, FileStamp(size_bytes, checksum))
+        try:
+            facts = json.loads(row[0])
+            facts["policy"] = SearchPolicy(**facts["policy"])
+            facts["directions"] = {
+                source: [Direction(**one) for one in several]
+                for source, several in facts["directions"].items()
+            }
+            return ApproximateFile(file=_index_file(*row[1:]), **facts)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None  # as one that was never built; the next to optimise builds it
+
+    def policy(self) -> SearchPolicy:
+        """How this store may search."""
+        [(policy,)] = self._each("SELECT policy FROM store_info")
+        try:
+            return SearchPolicy(**json.loads(policy)) if policy else SearchPolicy()
+        except (ValueError, TypeError):
+            return SearchPolicy()
 
     def index_file_names(self) -> set[str]:
         """Names of all FAISS files of any model that are in use."""
-        return {name for (name,) in self._each("SELECT name FROM index_files")}
+        rows = self._each("SELECT name FROM index_files UNION SELECT name FROM approximate_files")
+        return {name for (name,) in rows}
 
     def structure_problems(self) -> list[str]:
         """What SQLite finds wrong with the database file."""
@@ -733,6 +784,12 @@ class Snapshot:
             status=status,
         )
         return [(item_id, _name(file)) for item_id, file in rows]
+
+
+def _index_file(
+    name: str, generation: int, change: int, rows: int, size_bytes: int, checksum: str
+) -> IndexFile:
+    return IndexFile(name, generation, change, rows, FileStamp(size_bytes, checksum))
 
 
 def _by_item(rows: Iterable[tuple[int, str, str]]) -> dict[int, tuple[CaptionRow, ...]]:
