@@ -1,12 +1,13 @@
-"""What models there are: the bundled one, some of open_clip's, and checkpoints in a folder.
+"""What models there are: the bundled one, some of open_clip's, prepared ones, and folders of ours.
 
 The table is read without torch, open_clip or a network, so `retriever models` answers at once.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,8 @@ from retriever.errors import EncoderError
 
 DEFAULT_MODEL = "mini"
 MINI_FOLDER = Path(__file__).parent / "mini"
+# Where `retriever models prepare` puts models; else in the user's data folder.
+MODELS_VARIABLE = "RETRIEVER_MODELS"
 
 Recall = Mapping[str, Mapping[str, float]]
 
@@ -23,7 +26,8 @@ class ModelInfo:
     """One line of `retriever models`.
 
     `size_mb` is the weights' size in 10⁶ bytes. `recall` gives percentages by data set and metric,
-    as in `recall["flickr30k"]["t2i_r@1"]`; `source` says who measured them.
+    as in `recall["flickr30k"]["t2i_r@1"]`; `source` says who measured them. A model of open_clip
+    that is `prepared` runs without torch.
     """
 
     name: str
@@ -32,6 +36,7 @@ class ModelInfo:
     size_mb: float
     on_disk: bool
     default: bool = False
+    prepared: bool = False
     recall: Recall = field(default_factory=dict)
     source: str = ""
 
@@ -90,7 +95,7 @@ _PUBLISHED = (
 
 
 def list_models(*, folder: Path | None = None) -> list[ModelInfo]:
-    """The models that can be used: `mini`, those in `folder`, and a choice of open_clip's.
+    """The models that can be used: `mini`, those in `folder`, prepared ones, some of open_clip's.
 
     Args:
         folder: looked through, one level deep, for checkpoints and ONNX folders; None: no such.
@@ -102,7 +107,78 @@ def list_models(*, folder: Path | None = None) -> list[ModelInfo]:
             raise EncoderError(f"{folder} is no folder to look for models in")
         found = [_folder_info(path) for path in (folder, *sorted(folder.iterdir()))]
         models += [one for one in found if one]
-    return models + [_published_info(one, _hub_cache()) for one in _PUBLISHED]
+    prepared = {one.name: one for one in _prepared_models()}
+    published = [_published_info(one, _hub_cache()) for one in _PUBLISHED]
+    known = {one.name for one in published}
+    models += [one for name, one in prepared.items() if name not in known]
+    return models + [
+        replace(one, on_disk=True, prepared=True) if one.name in prepared else one
+        for one in published
+    ]
+
+
+def models_folder() -> Path:
+    """Where prepared models are: `RETRIEVER_MODELS`, or `models` in the user's data folder."""
+    if folder := os.environ.get(MODELS_VARIABLE):
+        return Path(folder).expanduser()
+    import platformdirs
+
+    return platformdirs.user_data_path("retriever", appauthor=False) / "models"
+
+
+def prepared_folder(name: str) -> Path:
+    """Where a model of open_clip is put when it is prepared: `ARCH--TAG`.
+
+    A model from a folder or a file of weights is told from others of that name by its path.
+    """
+    place = Path(name).expanduser()
+    architecture, _, tag = name.partition("/")
+    weights = Path(tag).expanduser()
+    if place.is_dir():
+        parts = [place.resolve().name, _short_sum(place)]
+    elif tag and weights.is_file():
+        parts = [architecture, weights.stem, _short_sum(weights)]
+    else:
+        parts = name.split("/")
+    return models_folder() / "--".join(parts)
+
+
+def find_prepared(name: str) -> Path | None:
+    """The folder of a prepared model, if there is one and its source is as it was then."""
+    folder = prepared_folder(name)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return folder if file_states(config["source"]) == config["source"] else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def file_states(files: Iterable[str]) -> dict[str, list[int]]:
+    """Size and time of change, in nanoseconds, of each file that is there."""
+    states = {}
+    for file in files:
+        try:
+            found = os.stat(file)  # noqa: PTH116 (paths are strings in the JSON that keeps this)
+        except OSError:
+            continue
+        states[file] = [found.st_size, found.st_mtime_ns]
+    return states
+
+
+def _short_sum(path: Path) -> str:
+    return f"{zlib.crc32(os.fsencode(path.resolve())):08x}"
+
+
+def _prepared_models() -> Iterator[ModelInfo]:
+    folder = models_folder()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = None if path.name.startswith(".") else _folder_info(path, "onnx")
+        if found:
+            yield replace(found, name=_name_in(path), kind="open_clip", prepared=True)
+
+
+def _name_in(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("name", ""))
 
 
 def _folder_info(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-RESIZE_MODES = ("squash", "shortest")
+RESIZE_MODES = ("squash", "shortest", "longest")
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
@@ -19,8 +19,10 @@ class Preprocessing:
     Args:
         size: side of the square, in pixels.
         resize: "squash" (both sides to `size`, whatever the proportions) or "shortest" (the shorter
-            side to `size`, then the middle square).
+            side to `size`, then the middle square) or "longest" (the longer side to `size`, in the
+            middle of a square of grey level `fill`).
         interpolation: "bicubic" or "bilinear".
+        fill: from 0 to 255.
 
     Raises:
         ValueError: one of them is something else.
@@ -29,6 +31,7 @@ class Preprocessing:
     size: int
     resize: str
     interpolation: str
+    fill: int = 0
 
     def __post_init__(self) -> None:
         is_known = self.resize in RESIZE_MODES and self.interpolation in INTERPOLATIONS
@@ -44,6 +47,13 @@ class Preprocessing:
             return picture.resize((size, size), filtered)
         # Rounded as torchvision's Resize and CenterCrop: open_clip's models were trained with them.
         width, height = picture.size
+        if self.resize == "longest":
+            ratio = max(width, height) / size
+            width, height = max(1, round(width / ratio)), max(1, round(height / ratio))
+            square = Image.new(picture.mode, (size, size), (self.fill,) * 3)
+            middle = ((size - width) // 2, (size - height) // 2)
+            square.paste(picture.resize((width, height), filtered), middle)
+            return square
         shorter = min(width, height)
         width, height = int(size * width / shorter), int(size * height / shorter)
         left, top = round((width - size) / 2), round((height - size) / 2)

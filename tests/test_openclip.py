@@ -74,12 +74,13 @@ def picture() -> Image.Image:
 def expected_rows(encoder: Encoder, picture: Image.Image) -> np.ndarray:
     """What a model gets that squashes to 32 × 32 and maps 0…255 to -1…1, worked out by hand."""
     import torch
+    from torch.nn.functional import normalize
 
     assert isinstance(encoder, OpenClipEncoder)
     pixels = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC), np.float32)
     ready = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
     with torch.inference_mode():
-        rows: np.ndarray = encoder._model.encode_image(ready, normalize=True).numpy()
+        rows: np.ndarray = normalize(encoder._weights.visual()(ready), dim=-1).numpy()
     return rows
 
 
@@ -89,7 +90,7 @@ def expected_rows(encoder: Encoder, picture: Image.Image) -> np.ndarray:
 def test_folder_prepares_pictures_as_its_config_says(siglip: Path, picture: Image.Image) -> None:
     encoder = load_encoder(str(siglip), device="cpu")
     assert isinstance(encoder, OpenClipEncoder)
-    found = {key: encoder.preprocessing[key] for key in SIGLIP_PREPROCESSING}
+    found = {key: encoder.config["image"][key] for key in SIGLIP_PREPROCESSING}
     assert found == SIGLIP_PREPROCESSING
     rows = encoder.encode_images([picture])
     np.testing.assert_allclose(rows, expected_rows(encoder, picture), atol=1e-6)
@@ -129,8 +130,8 @@ def test_config_beside_the_weights_decides(
     publish(open_clip, monkeypatch, architecture, webli=clip)
     weights = siglip / "open_clip_model.safetensors"
     encoder = OpenClipEncoder(f"{architecture}/{weights}", device="cpu")
-    assert encoder.preprocessing["mean"] == [0.5, 0.5, 0.5]
-    assert encoder.preprocessing["resize_mode"] == "squash"
+    assert encoder.config["image"]["mean"] == [0.5, 0.5, 0.5]
+    assert encoder.preprocessing.resize == "squash"
 
 
 def test_weights_whose_preprocessing_nothing_tells_are_refused(
@@ -183,9 +184,9 @@ def test_tagged_weights_get_the_activation_that_they_were_trained_with(
 
     quick = OpenClipEncoder("tiny-clip/quick", device="cpu")
     plain = OpenClipEncoder("tiny-clip/plain", device="cpu")
-    names = {type(module).__name__ for module in quick._model.modules()}
+    names = {type(module).__name__ for module in quick.text_tower().modules()}
     assert "QuickGELU" in names
-    assert "QuickGELU" not in {type(module).__name__ for module in plain._model.modules()}
+    assert "QuickGELU" not in {type(module).__name__ for module in plain.text_tower().modules()}
 
 
 @settings(deadline=None, max_examples=60)
