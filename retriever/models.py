@@ -188,7 +188,7 @@ def _folder_info(
     if kind is None:
         kind = "onnx" if (folder / "image.onnx").is_file() else "checkpoint"
     names = ("model.safetensors",) if kind == "checkpoint" else ("image.onnx", "text.onnx")
-    files = [folder / name for name in names]
+    files = [*(folder / name for name in names), *folder.glob("*.weights")]
     try:
         size = sum(file.stat().st_size for file in files)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

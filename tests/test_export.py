@@ -55,7 +55,7 @@ def test_files_are_whole_and_config_describes_them(tmp_path: Path) -> None:
     folder = tmp_path / "small"
     report = export_onnx(write_checkpoint(tmp_path / "checkpoint"), folder)
 
-    names = {"image.onnx", "text.onnx", "tokenizer.json", "config.json"}
+    names = {"image.onnx", "text.onnx", "text.weights", "tokenizer.json", "config.json"}
     assert {path.name for path in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["image"] == {"size": 32, "resize": "squash", "interpolation": "bicubic"}

@@ -12,7 +12,7 @@ from retriever.encoders import OnnxEncoder, load_encoder
 from retriever.models import MINI_FOLDER
 
 MAX_BYTES = 36_000_000
-FILES = ("image.onnx", "text.onnx", "tokenizer.json")
+FILES = ("image.onnx", "text.onnx", "text.weights", "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
