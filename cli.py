@@ -356,6 +356,52 @@ def _model_line(model: Mapping[str, Any]) -> str:
     )
 
 
+@main.command()
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    help="About how long it may take.",
+)
+@library_option
+@encoder_options
+@json_option
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    seconds: float,
+    library_path: Path,
+    device: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure how fast this machine is with a library, and say what limits it.
+
+    Nothing is written to the library. If there is none yet, one is made up for the time being.
+
+    \b
+    Examples:
+      retriever bench
+      retriever bench --library photos.lib --seconds 20 --json
+    """
+    from retriever.bench import measure, render
+
+    is_named = ctx.get_parameter_source("library_path") is not click.core.ParameterSource.DEFAULT
+    there_is_one = is_named or library_path.is_dir()
+    with Progress("Measuring", "stages") as progress:
+        record = measure(
+            library_path if there_is_one else None,
+            seconds=seconds,
+            device=device,
+            threads=threads,
+            progress=progress,
+        )
+    if as_json:
+        print_json(record)
+    else:
+        click.echo(render(record))
+
+
 upkeep.add_to(main)
 
 

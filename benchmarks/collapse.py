@@ -246,7 +246,8 @@ def main(epochs: int, seed: int, out: Path | None) -> None:
         click.echo(f"{name}: {time.perf_counter() - begun:.0f} s", err=True)
     numbers["chance"] = chance(len(test.pixels), 2)
     header = ["objective", "alignment", "uniformity", "gap", *RECALLS]
-    click.echo(format_table(header, [row_of(*item) for item in numbers.items()]))
+    printed = format_table(header, [row_of(*item) for item in numbers.items()])
+    click.echo(printed)
     data = {
         "name": "rendered pairs of coloured shapes",
         "train_pictures": len(train.pixels),
@@ -260,6 +261,7 @@ def main(epochs: int, seed: int, out: Path | None) -> None:
         settings=settings,
         data=data,
         numbers=numbers,
+        printed=printed,
         seconds=time.perf_counter() - started,
     )
 

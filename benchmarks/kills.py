@@ -99,9 +99,12 @@ def main(kills: int, hosts: int, seed: int, folder: Path | None, out: Path | Non
     numbers = count(trials)
     header = ["killed in", "clock", "event"]
     rows = [[step, *map(str, n.values())] for step, n in numbers["kills_by_step"].items()]
-    click.echo(format_table(header, rows))
     found = ", ".join(f"{word} {numbers[word]}" for word in (*WORDS, "repairs"))
-    click.echo(f"{numbers['kills']} kills in {numbers['trials']} trials: {found}")
+    printed = (
+        f"{format_table(header, rows)}\n\n"
+        f"{numbers['kills']} kills in {numbers['trials']} trials: {found}"
+    )
+    click.echo(printed)
     write_report(
         out,
         "kills",
@@ -113,6 +116,7 @@ def main(kills: int, hosts: int, seed: int, folder: Path | None, out: Path | Non
             "sqlite": sqlite3.sqlite_version,
         },
         numbers=numbers,
+        printed=printed,
         seconds=time.perf_counter() - started,
     )
     if numbers["faults"]:

@@ -143,15 +143,23 @@ def main(pictures: int, seed: int, out: Path | None) -> None:
     header = ["format", "read", *REASONS, "unforeseen"]
     rows = [[suffix, *map(str, row.values())] for suffix, row in numbers["by_format"].items()]
     rows.append(["all", *(str(numbers[word]) for word in header[1:])])
-    click.echo(format_table(header, rows))
-    click.echo(f"slowest: {numbers['slowest_s']} s")
+    printed = f"{format_table(header, rows)}\n\nslowest: {numbers['slowest_s']} s"
+    click.echo(printed)
     data = {
         "name": "mutated pictures",
         "originals": len(originals()),
         "bytes": sum(map(len, originals().values())),
     }
     seconds = time.perf_counter() - begun
-    write_report(out, "mutated", settings=settings, data=data, numbers=numbers, seconds=seconds)
+    write_report(
+        out,
+        "mutated",
+        settings=settings,
+        data=data,
+        numbers=numbers,
+        printed=printed,
+        seconds=seconds,
+    )
     if numbers["unforeseen"]:
         raise SystemExit(1)
 

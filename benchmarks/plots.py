@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -87,11 +86,6 @@ def line(
         label=label,
         **more,
     )
-
-
-def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """The exponent b of y ~ x^b by least squares on logarithms: 1 is linear, 0 is constant."""
-    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def save_plot(figure: Figure, path: Path) -> None:

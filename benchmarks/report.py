@@ -24,6 +24,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from retriever.machine import describe, environment, load_average, percentiles
 
@@ -35,12 +36,18 @@ __all__ = [
     "fill_page",
     "format_table",
     "interleaved",
+    "log_log_slope",
     "percentiles",
     "run_process",
     "write_report",
 ]
 
 PAGE = Path(__file__).with_name("README.md")
+# The command as it is installed, of this working tree, whatever the folder it is called in.
+RETRIEVER = (
+    *(sys.executable, "-c"),
+    f"import sys; sys.path[0] = {str(PAGE.parents[1])!r}; from cli import main; main()",
+)
 _LOAD_AT_START = load_average()
 
 # A process that is replaced by another program hands its peak memory on to it, so what is measured
@@ -137,6 +144,11 @@ def interleaved(
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": round(median(values), 4), "max": max(values)}
+
+
+def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """The exponent b of y ~ x^b by least squares on logarithms: 1 is linear, 0 is constant."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def write_report(

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ import report
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a benchmark that measures nothing."""
+
+    seed: int = 0
+
+
+SETTINGS = Settings()
 ENVIRON = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -172,8 +183,92 @@ def test_a_plot_is_two_files_and_the_same_plot_the_same_bytes(tmp_path: Path) ->
 
 
 def test_the_slope_of_a_power_is_its_exponent() -> None:
-    import plots
+    assert report.log_log_slope([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
+    assert report.log_log_slope([1, 4, 16], [3, 6, 12]) == pytest.approx(0.5)
+    assert report.log_log_slope([1, 2, 3], [7, 7, 7]) == pytest.approx(0, abs=1e-12)
 
-    assert plots.log_log_slope([1, 10, 100], [5, 50, 500]) == pytest.approx(1)
-    assert plots.log_log_slope([1, 4, 16], [3, 6, 12]) == pytest.approx(0.5)
-    assert plots.log_log_slope([1, 2, 3], [7, 7, 7]) == pytest.approx(0, abs=1e-12)
+
+def test_the_command_that_is_measured_is_the_one_of_this_tree(tmp_path: Path) -> None:
+    out = tmp_path / "said.txt"
+    report.run_process([*report.RETRIEVER, "--version"], cwd=tmp_path, out=out)
+    assert out.read_text(encoding="utf-8").startswith("retriever, version ")
+
+
+# ── the page ─────────────────────────────────────────────────────────────────────────────────────
+
+FRAME = "# Page\n\n<!-- results: a -->\nold\n<!-- end of results -->\n\nwords\n"
+
+
+def test_a_section_of_the_page_shows_what_was_printed_with_command_and_machine(
+    tmp_path: Path,
+) -> None:
+    results = tmp_path / "results"
+    table = "| n |\n| :- |\n| 1 |"
+    record = report.write_report(
+        results / "a.json",
+        "a",
+        settings=SETTINGS,
+        data={"name": "none"},
+        numbers=[1],
+        seconds=1.23,
+        printed=table,
+    )
+    (results / "a-more.svg").touch()
+    page = report.fill_page(FRAME, results)
+    assert "old" not in page
+    assert page.endswith("<!-- end of results -->\n\nwords\n")
+    for words in (table, "![a-more: plot](results/a-more.svg)", "(results/a.json)"):
+        assert words in page
+    assert record["environment"]["processor"] in page
+    assert report.fill_page(page, results) == page
+
+
+def test_without_a_record_the_page_says_so(tmp_path: Path) -> None:
+    assert "Not run yet." in report.fill_page(FRAME, tmp_path)
+
+
+def test_a_record_that_the_page_forgets_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="no section for the results of b"):
+        report.fill_page(FRAME, tmp_path)
+
+
+def test_the_page_is_what_its_command_makes_of_the_records() -> None:
+    page = report.PAGE.read_text(encoding="utf-8")
+    made = report.fill_page(page, RESULTS)
+    assert page == made, "run: python benchmarks/report.py benchmarks/results"
+
+
+def test_every_record_names_its_machine_and_holds_what_it_printed() -> None:
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert record["benchmark"] == path.stem
+        assert record["printed"], path.name
+        assert record["environment"]["processor"]
+
+
+# ── each in small form ───────────────────────────────────────────────────────────────────────────
+
+
+def test_scale(tmp_path: Path) -> None:
+    options = ("--sizes", "50,500", "--files", 50, "--checks", 1, "--queries", 3, "--cold-runs", 1)
+    record = run_benchmark(
+        "scale", *options, "--folder", tmp_path, folder=tmp_path / "out", plots=[""]
+    )
+    numbers = record["numbers"]
+    assert [one["pictures"] for one in numbers["files"]] == [50]
+    assert [one["pictures"] for one in numbers["made_up"]] == [50, 500]
+    for one in numbers["made_up"]:
+        assert one["disk_mb"] > 2 * 2 * 384 * one["pictures"] / 1e6  # catalogue and index
+        assert one["cold"]["peak_mb"]["median"] > 10
+        for kind in ("exact", "automatic"):
+            check_percentiles(one["query"][kind])
+    assert 0 < numbers["slopes"]["library on disk"] < 2
+    assert "index" not in numbers["slopes"]  # one size has none
+    assert record["environment"]["versions"]["faiss-cpu"]
+    assert not list(tmp_path.glob("scale-*")), "libraries are deleted"
+
+
+def test_recheck(tmp_path: Path) -> None:
+    record = run_benchmark("recheck", "--sizes", 20, 40, "--runs", 1, folder=tmp_path)
+    assert [one["pictures"] for one in record["numbers"]["folders"]] == [20, 40, 40]
