@@ -5,9 +5,15 @@ them is unchanged. Any other is hashed: equal content keeps its embeddings under
 a new name or a new root, a copy is an item of its own that shares the embedding, and only content
 that the store's model has never seen is decoded and encoded.
 
-Hashing and decoding run in a few threads ahead of the encoder, with `WINDOW` batches of pictures in
-memory; decoders run in processes of their own. A batch is one transaction, so an interrupted run
-keeps what it has committed and the next one goes on from there.
+Nothing waits for anything else: while a batch is committed, the next one is encoded, and pictures
+of those after it are hashed and decoded, in as many processes as there are cores. A batch is one
+transaction, in the order of the files, so an interrupted run keeps what it has committed and the
+next one goes on from there.
+
+Memory is bounded, whatever the pictures' size. `WINDOW` batches of finished pictures wait at most,
+size × size × 3 bytes each: 19 MB for 128 of 224 × 224. (An encoder that does not tell how pictures
+are finished gets them with up to four times its side, 300 MB.) Each decoding process takes 60 MB
+and what its picture needs, which for a JPEG of any size is little more.
 
 A file that is no longer listed was removed only if nothing says that it may be out of sight: an
 empty root, a link to nothing, a folder that cannot be read, an empty folder that held a thousand.
@@ -35,9 +41,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from indexes.records import CaptionRow, ItemRow, ItemWrite, KnownFile
-from retriever.captions import printable
 from retriever.data import Caption, CaptionIndex, Decoded, Picture, list_pictures
-from retriever.errors import FolderGoneError, PictureError, UsageError
+from retriever.engines import usable_cores
+from retriever.errors import FolderGoneError, PictureError, UsageError, printable
+from retriever.preprocessing import Preprocessing
 from retriever.workers import DecodeWorkers
 
 if TYPE_CHECKING:
@@ -49,7 +56,8 @@ Progress = Callable[[int, int], None]
 Rows = NDArray[np.float32]
 
 BATCH_SIZE = 32  # pictures in one transaction and one call of the encoder
-WINDOW = 3  # batches decoded or being decoded at any time
+WINDOW = 4  # batches being decoded, decoded or being encoded at any time
+HASHERS = 2  # threads: one that reads from the disk while the other computes
 HASH_CHUNK_BYTES = 1 << 20
 MANY = 1000  # pictures that are gone from a folder at once, and left it empty: a drive, it seems
 EMBEDDED_SOURCES = frozenset({"exif", "iptc", "xmp"})  # captions inside the picture file itself
@@ -96,7 +104,7 @@ def index_folder(
     *,
     captions: Path | None = None,
     progress: Progress | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     prune: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> IndexReport:
@@ -114,11 +122,12 @@ def index_folder(
         captions: a captions file, read instead of those in the root.
         progress: called with (done, total) of the pictures that need work, at the start and after
             every batch; never if nothing has changed.
-        batch_size: pictures in one transaction.
+        batch_size: pictures in one transaction; None is what the encoder would have, or
+            `BATCH_SIZE`.
         prune: remove pictures that are out of sight as well: those of a folder that is gone or
             empty, and those behind a link to nothing.
-        stop: asked between pictures and batches. Once it says yes, the batch in hand is committed
-            and nothing else is begun.
+        stop: asked between pictures and batches. Once it says yes, the batch that is encoded is
+            committed and nothing else is begun.
 
     Raises:
         UsageError: there is no such folder.
@@ -146,7 +155,7 @@ def index_folders(
     *,
     captions: Path | None = None,
     progress: Progress | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     prune: bool = False,
     stop: Callable[[], bool] | None = None,
 ) -> IndexReport:
@@ -184,6 +193,8 @@ def index_folders(
 
 
 Outcome = Literal["added", "updated", "moved", "unchanged"]
+# The embedding of each text, and whether the model reads it only in part.
+_Captions = dict[str, tuple[Rows, bool]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -270,15 +281,16 @@ class _Run:
         writer: Writer,
         encoder: Callable[[], Encoder],
         progress: Progress | None,
-        batch_size: int,
+        batch_size: int | None,
         prune: bool,
         stop: Callable[[], bool],
     ) -> None:
         self.store = store
         self.writer = writer
-        self.encoder = encoder
+        self.load_encoder = encoder
         self.progress = progress
-        self.batch_size = batch_size
+        self.batch_size = batch_size or BATCH_SIZE
+        self.encoder_decides = batch_size is None
         self.prune = prune
         self.stop = stop
         self.root = Path()
@@ -296,6 +308,13 @@ class _Run:
         self.in_flight: set[bytes] = set()  # contents being decoded
         self.n_renamed_in_vain = 0  # pictures whose captions stand under former names
         self.n_cut = 0  # captions that the model does not read to their end
+
+    def encoder(self) -> Encoder:
+        """The encoder, loaded when something must be encoded."""
+        encoder = self.load_encoder()
+        if self.encoder_decides:
+            self.batch_size = getattr(encoder, "batch_size", BATCH_SIZE)
+        return encoder
 
     def check(self, folder: Path) -> None:
         """Raises UsageError if there is nothing that could be indexed or pruned."""
@@ -532,38 +551,45 @@ class _Run:
             return
         report = self.progress or (lambda done, total: None)
         report(done, total)
-        threads = min(4, os.cpu_count() or 1)
-        pool = ThreadPoolExecutor(threads, "decode")
-        workers = DecodeWorkers(threads)
+        crew = _Crew()
+        started: deque[list[_Job]] = deque()
+        hashed = self._hashed(crew, jobs, sources)
+
+        def fill_window() -> None:
+            while len(started) < WINDOW and (batch := list(islice(hashed, self.batch_size))):
+                self._start_decoding(crew, batch)
+                started.append(batch)
+
+        def start_encoding() -> Future[_Captions] | None:
+            if not started or self.stop():
+                return None
+            return crew.encoding.submit(self._encode, crew, started[0])
+
         try:
-            started: deque[list[_Job]] = deque()
-            hashed = self._hashed(pool, jobs, sources)
-            while not self.stop():
-                if batch := list(islice(hashed, self.batch_size)):
-                    self._start_decoding(pool, workers, batch)
-                    started.append(batch)
-                if not started:
-                    break
-                if len(started) == WINDOW or not batch:
-                    settled = started.popleft()
-                    self._settle(workers, settled)
-                    done += len(settled)
-                    report(done, total)
+            fill_window()
+            encoding = start_encoding()
+            while encoding:
+                captions = encoding.result()
+                batch = started.popleft()
+                encoding = start_encoding()
+                self._settle(crew, batch, captions)
+                done += len(batch)
+                report(done, total)
+                if encoding:
+                    fill_window()
         finally:
-            workers.close()  # what is being decoded now is wanted no more
-            pool.shutdown(cancel_futures=True)
+            crew.close()
         self.interrupted = done < total
 
-    def _hashed(
-        self, pool: ThreadPoolExecutor, jobs: deque[_Job], sources: CaptionIndex
-    ) -> Iterator[_Job]:
+    def _hashed(self, crew: _Crew, jobs: deque[_Job], sources: CaptionIndex) -> Iterator[_Job]:
         """The jobs in their order, taken from the queue, each with its digest or its failure."""
         ahead: deque[tuple[_Job, Future[bytes] | None]] = deque()
         while jobs or ahead:
             while jobs and len(ahead) < self.batch_size:
                 job = jobs.popleft()
                 path = job.picture.path
-                ahead.append((job, None if job.digest else pool.submit(content_hash, path)))
+                hashing = None if job.digest else crew.hashing.submit(content_hash, path)
+                ahead.append((job, hashing))
             job, hashing = ahead.popleft()
             if job.beside is None:
                 job.beside = self._beside(job.picture, sources)
@@ -575,9 +601,7 @@ class _Run:
                 job.failure = f"cannot be read: {exc.strerror}"
             yield job
 
-    def _start_decoding(
-        self, pool: ThreadPoolExecutor, workers: DecodeWorkers, batch: Sequence[_Job]
-    ) -> None:
+    def _start_decoding(self, crew: _Crew, batch: Sequence[_Job]) -> None:
         """Decodes, in the background, what neither the store nor this run has seen."""
         stored = self.store.find_by_hash(_digests(batch))
         for job in batch:
@@ -586,7 +610,7 @@ class _Run:
             job.kept = job.kept or self._kept(job, stored.get(job.digest))
             if job.needs_picture and not (job.digest in stored or job.digest in self.in_flight):
                 self.in_flight.add(job.digest)
-                job.decoding = pool.submit(self._read, workers, job.picture.path)
+                job.decoding = crew.decoding.submit(self._read, crew, job.picture.path)
 
     def _kept(self, job: _Job, twin_id: int | None) -> KnownFile | None:
         """The item that this file still is: by its path, or by the path that it had before."""
@@ -612,13 +636,67 @@ class _Run:
             and _DanglingLinks(item.root).on_the_way_to(item.file) is None
         )
 
-    def _read(self, workers: DecodeWorkers, path: Path) -> Decoded:
-        return workers.read(path, target=self.encoder().image_size)
+    def _read(self, crew: _Crew, path: Path) -> Decoded:
+        encoder = self.encoder()
+        preprocessing = getattr(encoder, "preprocessing", None)
+        if not isinstance(preprocessing, Preprocessing):
+            preprocessing = None
+        return crew.workers.read(path, target=encoder.image_size, preprocessing=preprocessing)
 
-    def _settle(self, workers: DecodeWorkers, batch: Sequence[_Job]) -> None:
-        """Encodes what a batch needs, then writes all of it in one transaction."""
-        self._find_contents(workers, [job for job in batch if job.needs_picture])
-        embed = self._caption_embeddings(batch)
+    def _encode(self, crew: _Crew, batch: Sequence[_Job]) -> _Captions:
+        """Fills in the contents that are being decoded; gives the captions that are known then."""
+        self._encode_pictures(crew, [job for job in batch if job.decoding])
+        return self._encode_captions(_texts(batch))
+
+    def _encode_pictures(self, crew: _Crew, jobs: Sequence[_Job]) -> None:
+        """Fills in the content of each job, or why there is none."""
+        decoded: dict[bytes, Decoded] = {}
+        for job in jobs:
+            assert job.digest is not None
+            if job.digest in decoded:
+                continue
+            try:
+                path = job.picture.path
+                read = job.decoding.result() if job.decoding else self._read(crew, path)
+                decoded[job.digest] = read
+            except PictureError as exc:
+                # The report names the file already.
+                job.failure = str(exc).removeprefix(f"{printable(job.picture.path)}: ")
+                if not _is_as_listed(job.picture):
+                    # It went away or changed meanwhile: that says nothing about its content.
+                    job.failure, job.digest = VANISHED, None
+            job.decoding = None  # lets go of the pixels
+        if not decoded:
+            return
+        contents = {}
+        rows = self.encoder().encode_images([one.image for one in decoded.values()])
+        for (digest, one), row in zip(decoded.items(), rows, strict=True):
+            inside = tuple(CaptionRow(two.text, two.source) for two in one.descriptions)
+            contents[digest] = _Content(row, one.width, one.height, one.taken, inside)
+        for job in jobs:
+            if job.failure is None and job.digest is not None:
+                job.content = contents[job.digest]
+
+    def _encode_captions(self, texts: Collection[str]) -> _Captions:
+        """Embeddings of texts."""
+        if not texts:
+            return {}
+        ordered, encoder = sorted(texts), self.encoder()
+        rows, is_cut = encoder.encode_texts(ordered), encoder.is_cut(ordered)
+        return dict(zip(ordered, zip(rows, is_cut, strict=True), strict=True))
+
+    def _settle(self, crew: _Crew, batch: Sequence[_Job], captions: _Captions) -> None:
+        """Writes a batch in one transaction."""
+        self._find_contents(crew, batch)
+        if unknown := set(_texts(batch)) - captions.keys():  # those inside a copy's twin
+            captions |= crew.encoding.submit(self._encode_captions, unknown).result()
+        self.n_cut += sum(captions[text][1] for text in _texts(batch))
+
+        def embed(job: _Job) -> Rows | None:
+            if not job.needs_captions or not job.captions:
+                return None
+            return np.stack([captions[one.text][0] for one in job.captions])
+
         with self.writer.together():
             for job in batch:
                 if job.kept:
@@ -633,34 +711,22 @@ class _Run:
             else:
                 self.failed.append(Failure(job.picture.path, job.failure))
 
-    def _find_contents(self, workers: DecodeWorkers, jobs: Sequence[_Job]) -> None:
-        """Fills in the content of each job, once for all copies, or why there is none."""
-        contents = self._stored_contents(_digests(jobs))
-        decoded: dict[bytes, Decoded] = {}
-        for job in jobs:
-            assert job.digest is not None
-            if job.digest in contents or job.digest in decoded:
-                continue
-            try:
-                # A copy whose twin failed after all has not been decoded yet.
-                path = job.picture.path
-                decoded[job.digest] = (
-                    job.decoding.result() if job.decoding else self._read(workers, path)
-                )
-            except PictureError as exc:
-                # The report names the file already.
-                job.failure = str(exc).removeprefix(f"{printable(job.picture.path)}: ")
-                if not _is_as_listed(job.picture):
-                    # It went away or changed meanwhile: that says nothing about its content.
-                    job.failure, job.digest = VANISHED, None
-        if decoded:
-            rows = self.encoder().encode_images([one.image for one in decoded.values()])
-            for (digest, one), row in zip(decoded.items(), rows, strict=True):
-                inside = tuple(CaptionRow(two.text, two.source) for two in one.descriptions)
-                contents[digest] = _Content(row, one.width, one.height, one.taken, inside)
-        for job in jobs:
-            if job.failure is None and job.digest is not None:
-                job.content = contents[job.digest]
+    def _find_contents(self, crew: _Crew, batch: Sequence[_Job]) -> None:
+        """Fills in the content of copies, which their twins have or had before them."""
+        copies = [
+            job
+            for job in batch
+            if job.needs_picture and job.content is None and job.failure is None
+        ]
+        if not copies:
+            return
+        contents = self._stored_contents(_digests(copies))
+        contents |= {job.digest: job.content for job in batch if job.digest and job.content}
+        for job in copies:
+            job.content = contents.get(job.digest or b"")
+        # A copy whose twin failed after all has not been decoded yet.
+        if left := [job for job in copies if job.content is None]:
+            crew.encoding.submit(self._encode_pictures, crew, left).result()
 
     def _stored_contents(self, digests: Collection[bytes]) -> dict[bytes, _Content]:
         twins = self.store.find_by_hash(digests)
@@ -678,23 +744,6 @@ class _Run:
             if item.content_hash is not None
         }
 
-    def _caption_embeddings(self, batch: Sequence[_Job]) -> Callable[[_Job], Rows | None]:
-        """A function from a job to its captions' (n, d) embeddings, each text encoded once."""
-        texts = [one.text for job in batch if job.needs_captions for one in job.captions]
-        row_of = {text: row for row, text in enumerate(sorted(set(texts)))}
-        rows: Rows | None = None
-        if row_of:
-            rows = self.encoder().encode_texts(list(row_of))
-            is_cut = self.encoder().is_cut(list(row_of))
-            self.n_cut += sum(is_cut[row_of[text]] for text in texts)
-
-        def embed(job: _Job) -> Rows | None:
-            if rows is None or not job.captions:
-                return None
-            return np.ascontiguousarray(rows[[row_of[one.text] for one in job.captions]])
-
-        return embed
-
     def _keep(self, job: _Job, kept: KnownFile, embed: Callable[[_Job], Rows | None]) -> None:
         one = job.picture
         if job.before is None:
@@ -707,6 +756,23 @@ class _Run:
         texts = embed(job) if job.needs_captions and not job.has_new_captions else None
         if image is not None or texts is not None:
             self.writer.embed(kept.item_id, image, texts)
+
+
+class _Crew:
+    """The threads and processes that work for a run."""
+
+    def __init__(self) -> None:
+        cores = usable_cores()
+        self.workers = DecodeWorkers(cores)
+        self.hashing = ThreadPoolExecutor(HASHERS, "hash")
+        self.decoding = ThreadPoolExecutor(cores, "decode")
+        self.encoding = ThreadPoolExecutor(1, "encode")  # the encoder has threads of its own
+
+    def close(self) -> None:
+        """Ends all of them: what is being done now is wanted no more."""
+        self.workers.close()
+        for pool in (self.hashing, self.decoding, self.encoding):
+            pool.shutdown(cancel_futures=True)
 
 
 def content_hash(path: Path) -> bytes:
@@ -815,6 +881,10 @@ def _from(
     if item is None or not item.captions:
         return ()
     return tuple(one for one in item.captions if is_wanted(one.source))
+
+
+def _texts(jobs: Iterable[_Job]) -> list[str]:
+    return [one.text for job in jobs if job.needs_captions for one in job.captions]
 
 
 def _digests(jobs: Iterable[_Job]) -> set[bytes]:

@@ -33,10 +33,9 @@ from typing import IO, Any, BinaryIO
 
 from PIL import Image
 
-from retriever.captions import printable
 from retriever.data import Caption, Decoded, read_image
 from retriever.decoding import MAX_PIXELS
-from retriever.errors import PictureError, RetrieverError
+from retriever.errors import PictureError, RetrieverError, printable
 from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 
 SECONDS = 60.0
@@ -47,9 +46,9 @@ _GRACE_SECONDS = 2.0
 _WATCH_SECONDS = 0.25
 _PIPE_BYTES = 1 << 20  # most pictures pass in one go; what systems allow anyone
 _MAX_HEADER_BYTES = 64 << 20  # descriptions inside the picture, mostly none
-# Target in pixels or 0; resize mode and interpolation, as their numbers from 1, or 0; bytes of the
-# path that follows.
-_REQUEST = struct.Struct("<IBBI")
+# Target in pixels or 0; resize mode and interpolation, as their numbers from 1, or 0; fill; length
+# of the path that follows, in bytes.
+_REQUEST = struct.Struct("<IBBBI")
 _LENGTH = struct.Struct("<I")
 
 _ENVIRONMENT = {
@@ -207,12 +206,11 @@ class _Wish:
     def packed(self) -> bytes:
         """The request for it; the path is made absolute, for the process may be elsewhere."""
         name = os.fsencode(self.path.absolute())
-        target, resize, interpolation = self.target or 0, 0, 0
+        fields = (self.target or 0, 0, 0, 0)
         if one := self.preprocessing:
-            target = one.size
             resize = RESIZE_MODES.index(one.resize) + 1
-            interpolation = INTERPOLATIONS.index(one.interpolation) + 1
-        return _REQUEST.pack(target, resize, interpolation, len(name)) + name
+            fields = (one.size, resize, INTERPOLATIONS.index(one.interpolation) + 1, one.fill)
+        return _REQUEST.pack(*fields, len(name)) + name
 
     @classmethod
     def received(cls, requests: BinaryIO) -> _Wish | None:
@@ -220,12 +218,12 @@ class _Wish:
         request = requests.read(_REQUEST.size)
         if not request:
             return None
-        target, resize, interpolation, length = _REQUEST.unpack(request)
+        target, resize, interpolation, fill, length = _REQUEST.unpack(request)
         path = Path(os.fsdecode(requests.read(length)))
         if not resize:
             return cls(path, target or None, None)
         modes = RESIZE_MODES[resize - 1], INTERPOLATIONS[interpolation - 1]
-        return cls(path, None, Preprocessing(target, *modes))
+        return cls(path, None, Preprocessing(target, *modes, fill))
 
 
 class _EndedError(Exception):
