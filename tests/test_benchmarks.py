@@ -272,3 +272,144 @@ def test_scale(tmp_path: Path) -> None:
 def test_recheck(tmp_path: Path) -> None:
     record = run_benchmark("recheck", "--sizes", 20, 40, "--runs", 1, folder=tmp_path)
     assert [one["pictures"] for one in record["numbers"]["folders"]] == [20, 40, 40]
+
+
+# ── beside the limit and beside peers ────────────────────────────────────────────────────────────
+
+
+def photographs(folder: Path, count: int) -> Path:
+    """So many JPEG files of 96 × 64, no two alike."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (96, 64), (20 * number, 100, 50)).save(folder / f"{number}.jpg")
+    return folder
+
+
+def test_encode(tmp_path: Path) -> None:
+    pictures = photographs(tmp_path / "pictures", 9)
+    options = ("--pictures", pictures, "--count", 8, "--small", 0, "--large", 0, "--runs", 1)
+    ours = ("--models", "mini", "--engines", "onnxruntime", "--cache", tmp_path / "cache")
+    record = run_benchmark("encode", *options, *ours, folder=tmp_path / "out", plots=[""])
+    (found,) = record["numbers"]["sets"]
+    assert (found["files"], found["files_in_part"], found["pixels"]) == (8, 2, [96, 64])
+    (tool,) = found["tools"]
+    assert (tool["tool"], tool["model"], tool["engine"]) == ("retriever", "mini", "ONNX Runtime")
+    assert tool["pictures_per_s_with_start"] > 0
+    assert tool["limit_per_s"] > 0
+    (limit,) = tool["limits"]
+    assert limit["pictures"] == 8
+    assert min(value for name, value in limit.items() if name.endswith("_s")) > 0
+    assert record["numbers"]["left_out"] == {}
+
+
+def test_work_and_start_are_told_apart() -> None:
+    import encode
+
+    files = encode.Files("a set", Path(), Path(), 8, 2, (96, 64), 0.1)
+    # Three more pictures take 1.5 s and 0.75 s of CPU time; the rest is there before the first.
+    rounds = [{"part": {"wall_s": 2.0, "cpu_s": 3.0}, "whole": {"wall_s": 5.0, "cpu_s": 4.5}}]
+    assert encode.rates_of(rounds, files) == {
+        "work": [2.0],
+        "whole": [1.6],
+        "cpu_ms": [250.0],
+        "start_s": [1.0],
+    }
+
+
+def test_of_two_ratios_to_a_peer_the_lesser_one_counts() -> None:
+    import encode
+
+    def tool(name: str, model: str, work: float, whole: float, cpu_ms: float) -> dict[str, Any]:
+        rates = {"work": [work, work], "whole": [whole, whole]}
+        return {"tool": name, "model": model, "rates": rates, "cpu_ms": cpu_ms}
+
+    tools = [tool("retriever", "mini", 70.0, 50.0, 4.0), tool("rclip", "ViT-B-32-256", 10, 10, 80)]
+    (bar,) = encode.bars_of([{"name": "as they are", "tools": tools}])
+    assert bar["values"] == [7.0, 5.0]
+    assert bar["by_cpu"] == 20.0
+    assert not bar["met"]
+
+
+def test_made_pictures_have_the_size_asked_for_and_are_kept(tmp_path: Path) -> None:
+    import encode
+
+    sources = sorted(photographs(tmp_path / "pictures", 2).iterdir())
+    made = encode.made_pictures(sources, 3, (64, 48), 4.0, 0, tmp_path)
+    assert len({path.read_bytes() for path in made}) == 3
+    for path in made:
+        with Image.open(path) as picture:
+            assert (picture.size, picture.format) == ((64, 48), "JPEG")
+    written = [path.stat().st_mtime_ns for path in made]
+    again = encode.made_pictures(sources, 3, (64, 48), 4.0, 0, tmp_path)
+    assert again == made
+    assert [path.stat().st_mtime_ns for path in again] == written
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing tells it elsewhere")
+def test_the_memory_of_children_and_their_children_counts_together() -> None:
+    import encode
+
+    hold = "import time; x = bytearray(b'x') * 100_000_000; time.sleep(1)"
+    both = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}"
+    with encode.peak_of_children() as peak:
+        report.run_process(python(both))
+    assert 200 < (peak() or 0) < 400
+
+
+def test_a_tool_that_skips_pictures_is_an_error(tmp_path: Path) -> None:
+    import encode
+    from peers import Call
+
+    whole, part = (photographs(tmp_path / name, 2) for name in ("whole", "part"))
+    files = encode.Files("a set", whole, part, 2, 2, (96, 64), 0.1)
+    tool = encode.Tool("lazy", "none", "none", lambda *_: Call(python("pass")), lambda _: 1)
+    with pytest.raises(RuntimeError, match="wrote 1 embeddings of 2 pictures"):
+        encode.measure(tool, files, tmp_path)
+
+
+def test_rclip_shares_its_models_and_starts_without_a_database(tmp_path: Path) -> None:
+    from peers import RCLIP_FOLDER, Rclip
+
+    towers = tmp_path / "cache" / "rclip-models" / RCLIP_FOLDER
+    towers.mkdir(parents=True)
+    (towers / "visual.onnx").write_bytes(b"a tower")
+    place = tmp_path / "place"
+    call = Rclip(tmp_path / "cache").index(tmp_path, place)
+    assert call.env["RCLIP_DATADIR"] == str(place)
+    assert call.cwd == tmp_path
+    assert (place / RCLIP_FOLDER / "visual.onnx").read_bytes() == b"a tower"
+    assert not (place / "db.sqlite3").exists()
+
+
+def test_a_peer_that_cannot_be_installed_is_told_in_a_sentence(tmp_path: Path) -> None:
+    import peers
+
+    (tmp_path / "nobody").write_text("a file where its folder would be")
+    with pytest.raises(peers.PeerError, match=r"nobody: .*Not a directory"):
+        peers.install("nobody", [["no-such-thing"]], [], tmp_path, lambda _: None)
+
+
+def test_cold_start(tmp_path: Path) -> None:
+    options = ("--sizes", "20", "--runs", 1, "--no-peers", "--folder", tmp_path)
+    record = run_benchmark("cold_start", *options, folder=tmp_path / "out", plots=[""])
+    (found,) = record["numbers"]["sizes"]
+    assert found["pictures"] == 20
+    assert {"import click", "retriever --help", "retriever, text"} < set(found["commands"])
+    for spread in found["commands"].values():
+        assert spread["cpu_s"]["median"] > 0
+        assert spread["peak_mb"]["median"] > 10
+    assert {bar["beside"] for bar in record["numbers"]["bars"]} == {
+        "import click",
+        "import numpy, faiss, onnxruntime, click",
+    }
+    assert not list(tmp_path.glob("cold-*")), "libraries are deleted"
+
+
+def test_a_query_without_answers_is_an_error(tmp_path: Path) -> None:
+    import cold_start
+    from peers import Call
+
+    commands = {cold_start.TEXT_QUERY: Call(python("print('one')"))}
+    cold_start.check_answers(commands, 1, tmp_path / "said.txt")
+    with pytest.raises(RuntimeError, match="1 answers where 10 were expected"):
+        cold_start.check_answers(commands, 10, tmp_path / "said.txt")
