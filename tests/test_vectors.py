@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import faiss
@@ -64,26 +69,48 @@ def test_ids_that_do_not_ascend_are_our_mistake():
         make(unit_rows(2, 1), np.array([2, 1]))
 
 
+# Each way to find candidates, in one thread and in several, in blocks that do not come out even.
+SPLIT = {"THREADS": 3, "PART": 1}
+WAYS = {
+    "scanned": {"BATCH": 99},
+    "scanned in parts": {"BATCH": 99, **SPLIT},
+    "multiplied": {"BATCH": 1},
+    "multiplied in parts": {"BATCH": 1, "ROWS": 7, "QUERIES": 2, **SPLIT},
+}
+
+
+@contextmanager
+def found_by(way: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vectors, "SMALL", 20)
+        for name, value in WAYS[way].items():
+            patch.setattr(vectors, name, value)
+        yield
+
+
 @pytest.mark.parametrize("k", [1, 7, 250, 599, 601])
-def test_equal_vectors_are_ordered_by_id_even_when_more_than_faiss_fetched(k):
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_vectors_are_ordered_by_id_even_when_more_than_faiss_fetched(k, way):
     rows = unit_rows(1500, 3)
     rows[200:800] = rows[200]
     ids = np.arange(1500) * 3 + 1
     queries = np.stack([rows[200], unit_rows(1, 4)[0]])
-    found = make(rows, ids).search(queries, k)
+    with found_by(way):
+        found = make(rows, ids).search(queries, k)
     for query, match in zip(queries, found, strict=True):
         assert as_lists(match) == full_sort(rows, ids, query, k)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
+    way=st.sampled_from(sorted(WAYS)),
     count=st.integers(0, 700),
     k=st.integers(1, 40),
     share=st.sampled_from([0.0, 0.01, 0.5, 0.99, 1.0]),
     levels=st.sampled_from([1, 2, 1000]),
     seed=st.integers(0, 10_000),
 )
-def test_search_agrees_with_a_full_sort(count, k, share, levels, seed):
+def test_search_agrees_with_a_full_sort(way, count, k, share, levels, seed):
     """`levels` of 1 or 2 make many exact ties; `share` of the rows may be returned."""
     generator = np.random.default_rng(seed)
     rows = np.round(generator.standard_normal((count, DIM)) * levels) + 0.5
@@ -92,9 +119,11 @@ def test_search_agrees_with_a_full_sort(count, k, share, levels, seed):
     allowed = generator.random(count) < share
     queries = unit_rows(3, seed + 1)
     index = make(rows, ids)
-    for query, match in zip(queries, index.search(queries, k, allowed=allowed), strict=True):
+    with found_by(way):
+        some, every = index.search(queries, k, allowed=allowed), index.search(queries, k)
+    for query, match in zip(queries, some, strict=True):
         assert as_lists(match) == full_sort(rows[allowed], ids[allowed], query, k)
-    for query, match in zip(queries, index.search(queries, k), strict=True):
+    for query, match in zip(queries, every, strict=True):
         assert as_lists(match) == full_sort(rows, ids, query, k)
 
 
@@ -102,10 +131,105 @@ def test_a_score_depends_on_neither_the_batch_nor_the_way_it_was_found(monkeypat
     index, queries = make(unit_rows(2000, 5)), unit_rows(40, 6)
     together = index.search(queries, 5)
     one_by_one = [index.search(query[None], 5)[0] for query in queries]
+    for way in WAYS:
+        with found_by(way):
+            found = index.search(queries, 5)
+        assert list(map(as_lists, together)) == list(map(as_lists, found))
     monkeypatch.setattr(vectors, "SMALL", 10_000)
     without_faiss = index.search(queries, 5)
     assert list(map(as_lists, together)) == list(map(as_lists, one_by_one))
     assert list(map(as_lists, together)) == list(map(as_lists, without_faiss))
+
+
+def test_allowed_rows_that_all_lie_in_one_part_are_found():
+    rows, queries = unit_rows(3000, 5), unit_rows(9, 6)
+    for start in (0, 1400, 2900):
+        allowed = np.zeros(3000, dtype=np.bool_)
+        allowed[start : start + 60] = True
+        expected = [
+            full_sort(rows[allowed], np.flatnonzero(allowed), query, 7) for query in queries
+        ]
+        for way in WAYS:
+            with found_by(way):
+                found = make(rows).search(queries, 7, allowed=allowed)
+            assert list(map(as_lists, found)) == expected
+
+
+def test_many_queries_never_have_all_their_scores_in_memory_at_once():
+    index, queries = make(unit_rows(20_000, 5)), unit_rows(3000, 6)
+    index.search(queries[:100], 5)
+    tracemalloc.start()
+    try:
+        index.search(queries, 5)
+        assert tracemalloc.get_traced_memory()[1] < 50e6 < len(queries) * len(index)
+    finally:
+        tracemalloc.stop()
+
+
+def test_every_finite_float16_is_decoded_exactly():
+    codes = np.arange(65_536, dtype=np.uint16).view(np.float16)
+    codes = codes[np.isfinite(codes)][None]
+    rows = vectors._decode(codes, np.empty(codes.shape, dtype=np.float32))
+    assert np.array_equal(rows.view(np.int32), codes.astype(np.float32).view(np.int32))
+
+
+def test_vectors_that_are_no_numbers_are_given_as_such():
+    rows = unit_rows(5, 1)
+    rows[1, 2], rows[3, 4], rows[4, 0] = np.inf, np.nan, -np.inf
+    index = make(rows)
+    assert np.array_equal(index.vectors(np.arange(5)), rows.astype(np.float16), equal_nan=True)
+    assert np.array_equal(index.vectors(np.array([2, 0])), rows[[2, 0]].astype(np.float16))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_vector_that_is_no_number_is_passed_by(way):
+    rows, queries = unit_rows(400, 1), unit_rows(9, 2)
+    sound = np.ones(400, dtype=np.bool_)
+    sound[[3, 200, 399]] = False
+    rows[~sound, 5] = np.nan
+    with found_by(way):
+        found = make(rows).search(queries, 10)
+    assert list(map(as_lists, found)) == [
+        full_sort(rows[sound], np.flatnonzero(sound), query, 10) for query in queries
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_process_that_searched_in_threads_searches_too():
+    script = """
+import os, signal, numpy as np
+from indexes import vectors
+vectors.THREADS, vectors.PART, vectors.SMALL = 2, 1, 0
+rows = np.eye(64, dtype=np.float16)
+index = vectors.VectorIndex.build(64, [(np.arange(64), rows)])
+query = rows[40:41].astype(np.float32)
+assert index.search(query, 1)[0].ids.tolist() == [40]
+child = os.fork()
+if not child:
+    signal.alarm(30)
+    os._exit(index.search(query, 1)[0].ids.tolist() != [40])
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    argv = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(argv, check=True, cwd=Path(__file__).parents[1], timeout=60)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_candidates_from_a_gpu_give_the_same_answers(k, monkeypatch):
+    rows, queries = unit_rows(20_000, 5, 64), unit_rows(40, 6, 64)
+    rows[5000:5100] = rows[5000]
+    queries[0] = rows[5000]
+    expected = make(rows).search(queries, k)
+    monkeypatch.setattr(vectors, "GPU_AFTER", 0)
+    index = make(rows)
+    found = index.search(queries, k)
+    assert index._copies, "no GPU, or a FAISS without them"
+    assert list(map(as_lists, found)) == list(map(as_lists, expected))
+    allowed = np.arange(20_000) % 3 == 0
+    found = index.search(queries, k, allowed=allowed)
+    expected = make(rows).search(queries, k, allowed=allowed)
+    assert list(map(as_lists, found)) == list(map(as_lists, expected))
 
 
 def test_merge_keeps_the_order_over_parts():
@@ -216,8 +340,8 @@ def test_damage_among_vectors_is_noticed_by_whatever_reads_them_all(many, place)
     with pytest.raises(IndexFileError, match=words):
         load_many(many).check()
     index = load_many(many)
-    for _ in range(2):  # what was found damaged is not believed the next time
-        with pytest.raises(IndexFileError, match=words):
+    for way in WAYS:  # what was found damaged is not believed the next time
+        with found_by(way), pytest.raises(IndexFileError, match=words):
             index.search(unit_rows(1, 8, WIDE), 3)
 
 
