@@ -3,25 +3,58 @@
 Row i of `images` and row i of `texts` are a positive pair. Where a picture stands in several rows
 (one for each of its captions), `groups` says which rows belong to the same picture: those are never
 negatives of each other.
+
+The memory of a loss and of its gradient grows with b, not with b²: of a large batch a few rows are
+compared with all others at a time, and compared again when the gradient is asked for.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # The logit of a pair that must not count as a negative: exp() of it is 0 in every dtype, and unlike
 # -inf it cannot turn a row of nothing but such pairs into NaN.
 _MASKED = -1e4
 
 
-def _same_picture(groups: Tensor | None, b: int, device: torch.device) -> Tensor:
-    """(b, b) bool: the off-diagonal pairs whose two rows are the same picture."""
+# Pairs compared at a time: 4 MB of logits, which stay in a CPU's cache.
+_PAIRS_AT_A_TIME = 1 << 20
+
+
+def _in_blocks(
+    compare: Callable[[Tensor, Tensor], tuple[Tensor, ...]], embeddings: Tensor
+) -> list[list[Tensor]]:
+    """What `compare` gives for each block of rows, in a list for each of its results.
+
+    Args:
+        compare: (r,) row numbers and their (r, d) embeddings → tensors.
+        embeddings: (b, d), all rows.
+    """
+    b = len(embeddings)
+    rows = torch.arange(b, device=embeddings.device)
+    size = max(_PAIRS_AT_A_TIME // b, 1)
+    if b <= size:
+        return [[one] for one in compare(rows, embeddings)]
+    again = partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
+    found = map(again, torch.split(rows, size), torch.split(embeddings, size))
+    return list(map(list, zip(*found, strict=True)))
+
+
+def _same_picture(groups: Tensor | None, rows: Tensor, b: int) -> Tensor:
+    """(r, b) bool: the pairs of a row and another one that are the same picture."""
     if groups is None:
-        return torch.zeros(b, b, dtype=torch.bool, device=device)
-    same = groups[:, None] == groups[None, :]
-    return same & ~torch.eye(b, dtype=torch.bool, device=device)
+        return torch.zeros(len(rows), b, dtype=torch.bool, device=rows.device)
+    return (groups[rows, None] == groups) & ~_itself(rows, b)
+
+
+def _itself(rows: Tensor, b: int) -> Tensor:
+    """(r, b) bool: where each row meets itself."""
+    return rows[:, None] == torch.arange(b, device=rows.device)
 
 
 def squared_distance_loss(images: Tensor, texts: Tensor) -> Tensor:
@@ -54,9 +87,17 @@ def squared_uniformity_loss(
         t: steepness of the potential.
     """
 
-    def uniformity(rows: Tensor) -> Tensor:
-        squared = torch.pdist(rows).square()
-        return torch.logsumexp(-t * squared, dim=0) - math.log(squared.numel())
+    def uniformity(points: Tensor) -> Tensor:
+        b = len(points)
+
+        def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+            # Of unit rows ‖x − x′‖² is 2 − 2 cos; each pair is counted once.
+            potentials = 2 * t * (block @ points.T - 1)
+            counted = rows[:, None] < torch.arange(b, device=rows.device)
+            return (potentials.masked_fill(~counted, _MASKED).logsumexp(dim=(0, 1)),)
+
+        (sums,) = _in_blocks(compare, points)
+        return torch.stack(sums).logsumexp(dim=0) - math.log(b * (b - 1) / 2)
 
     spread = (uniformity(images) + uniformity(texts)) / 2
     return squared_distance_loss(images, texts) + weight * spread
@@ -77,10 +118,17 @@ def clip_loss(
         groups: (b,) int, the picture of each row; None when all differ.
     """
     b = len(images)
-    logits = logit_scale * images @ texts.T
-    logits = logits.masked_fill(_same_picture(groups, b, images.device), _MASKED)
-    targets = torch.arange(b, device=images.device)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+    def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+        logits = logit_scale * block @ texts.T
+        logits = logits.masked_fill(_same_picture(groups, rows, b), _MASKED)
+        image_to_text = F.cross_entropy(logits, rows, reduction="sum")
+        return image_to_text, logits.logsumexp(dim=0), logits.gather(1, rows[:, None]).squeeze(1)
+
+    image_to_text, columns, partners = _in_blocks(compare, images)
+    # A column is whole only when all blocks are there.
+    text_to_image = torch.stack(columns).logsumexp(dim=0) - torch.cat(partners)
+    return (torch.stack(image_to_text).sum() + text_to_image.sum()) / (2 * b)
 
 
 def siglip_loss(
@@ -103,10 +151,14 @@ def siglip_loss(
         groups: (b,) int, the picture of each row; None when all differ.
     """
     b = len(images)
-    logits = logit_scale * images @ texts.T + logit_bias
-    signs = 2 * torch.eye(b, device=images.device, dtype=images.dtype) - 1
-    losses = -F.logsigmoid(signs * logits)
-    return losses.masked_fill(_same_picture(groups, b, images.device), 0.0).sum() / b
+
+    def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+        logits = logit_scale * block @ texts.T + logit_bias
+        losses = -F.logsigmoid(torch.where(_itself(rows, b), logits, -logits))
+        return (losses.masked_fill(_same_picture(groups, rows, b), 0.0).sum(),)
+
+    (sums,) = _in_blocks(compare, images)
+    return torch.stack(sums).sum() / b
 
 
 def triplet_loss(
@@ -123,11 +175,16 @@ def triplet_loss(
         groups: (b,) int, the picture of each row; None when all differ.
     """
     b = len(images)
-    cosines = images @ texts.T
-    positives = cosines.diagonal()
-    excluded = torch.eye(b, dtype=torch.bool, device=images.device)
-    excluded = excluded | _same_picture(groups, b, images.device)
-    negatives = cosines.masked_fill(excluded, _MASKED)
-    image_to_text = (margin + negatives.amax(dim=1) - positives).relu()
-    text_to_image = (margin + negatives.amax(dim=0) - positives).relu()
+
+    def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+        cosines = block @ texts.T
+        excluded = _itself(rows, b) | _same_picture(groups, rows, b)
+        negatives = cosines.masked_fill(excluded, _MASKED)
+        partners = cosines.gather(1, rows[:, None]).squeeze(1)
+        return negatives.amax(dim=1), negatives.amax(dim=0), partners
+
+    by_row, by_column, partners = _in_blocks(compare, images)
+    positives = torch.cat(partners)
+    image_to_text = (margin + torch.cat(by_row) - positives).relu()
+    text_to_image = (margin + torch.stack(by_column).amax(dim=0) - positives).relu()
     return (image_to_text + text_to_image).mean()

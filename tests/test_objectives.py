@@ -239,6 +239,33 @@ def test_losses_stay_finite_at_the_largest_scale_in_half_precision(scale):
     assert torch.isfinite(objectives.triplet_loss(images, texts, groups=groups))
 
 
+@pytest.mark.parametrize("pairs_at_a_time", [1, 20, 33])  # one row, two and three of ten
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, y, s, c, g: objectives.squared_uniformity_loss(x, y),
+        lambda x, y, s, c, g: objectives.clip_loss(x, y, s, g),
+        lambda x, y, s, c, g: objectives.siglip_loss(x, y, s, c, g),
+        lambda x, y, s, c, g: objectives.triplet_loss(x, y, 0.2, g),
+    ],
+    ids=["squared+uniformity", *CONTRASTIVE],
+)
+@pytest.mark.parametrize("groups", [None, torch.arange(5).repeat_interleave(2)])
+def test_rows_compared_block_by_block_give_the_same_loss_and_gradients(
+    loss, groups, pairs_at_a_time, monkeypatch
+):
+    def measured():
+        leaves = [unit_rows(10, 6, seed).requires_grad_() for seed in (7, 8)]
+        leaves += [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (9.0, -3.0)]
+        value = loss(*leaves, groups)
+        return [value, *torch.autograd.grad(value, leaves, materialize_grads=True)]
+
+    whole = measured()
+    monkeypatch.setattr(objectives, "_PAIRS_AT_A_TIME", pairs_at_a_time)
+    for blocks, expected in zip(measured(), whole, strict=True):
+        torch.testing.assert_close(blocks, expected, rtol=1e-12, atol=1e-12)
+
+
 # ---------------------------------------------------------------------------- collapse
 
 PAIRS = 200
