@@ -7,6 +7,7 @@ from retriever.checkpoints import bert_shape, load_backbone, load_bert, load_ten
 from retriever.errors import EncoderError
 from retriever.towers import (
     BackboneTower,
+    Dropout,
     DualEncoder,
     GRUTower,
     StaticTower,
@@ -192,3 +193,18 @@ def test_dual_encoder_gives_unit_rows_and_bounds_the_logit_scale():
     torch.testing.assert_close(images.norm(dim=1), torch.ones(3), rtol=CLOSE, atol=CLOSE)
     model.log_scale.data.fill_(10.0)
     assert model.logit_scale.item() == 100
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    ones = torch.ones(1000, 1001, requires_grad=True)
+    torch.manual_seed(0)
+    dropped = Dropout(0.3)(ones)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.002)
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7], rel=1e-4)
+    dropped.sum().backward()
+    assert torch.equal(ones.grad, dropped)  # gradients pass where values did
+    torch.manual_seed(0)
+    assert torch.equal(Dropout(0.3)(ones), dropped)
+    assert torch.equal(Dropout(0.3).eval()(ones), ones)
+    assert torch.equal(Dropout(0.0)(ones), ones)
+    assert not Dropout(1.0)(ones).any()
