@@ -1,10 +1,17 @@
 """What a training batch is made of: decoded pictures, augmented, and tokenised captions."""
 
+import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +21,15 @@ from PIL import Image, ImageEnhance
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from indexes.errors import StoreLockedError
+from indexes.locks import WriterLock
 from retriever.data import Pair, read_image, read_pairs
 from retriever.errors import PictureError, UsageError
+
+# Pictures decoded between two notes of how far it is: what a kill costs, 19 MB at 224 pixels.
+_PIECE = 128
+_THREADS = 16
+_DIGEST_CHARACTERS = 32  # at the beginning of each line of a record
 
 
 def split_pairs(datasets: Sequence[Path], seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -69,20 +83,128 @@ def augment(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     return np.asarray(image)
 
 
-def _decode_all(pairs: Sequence[Pair], size: int, path: Path) -> dict[str, str]:
-    """Write (n, size, size, 3) pixels to `path`; what is wrong with a picture, by its number."""
-    shape = (len(pairs), size, size, 3)
-    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
-    faults = {}
-    for row, pair in enumerate(pairs):
+def fill_array(
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    make: Callable[[NDArray[np.int64]], tuple[NDArray[Any], Any]],
+    *,
+    piece: int,
+    settle: Callable[[list[Any]], None] = lambda _: None,
+) -> None:
+    """Write the .npy file `path`, unless it is there, so that a killed run can be gone on with.
+
+    Until it is whole it grows as PATH.part, and PATH.record has a line for each piece: a hash
+    and what was noted. Pieces are taken over as far as the hashes agree; what follows is
+    made again. Of several processes one writes, and the others wait for what it makes.
+
+    Args:
+        path: the file.
+        shape: of the whole array, rows first.
+        dtype: of the array.
+        make: (m,) row numbers → their rows, and something to note, as JSON can hold it.
+        piece: rows at a time.
+        settle: called with the notes of all pieces before the file gets its name.
+    """
+    part, record = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.record")
+    starts = range(0, shape[0], piece)
+    header = io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)
+    row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+    with _alone(path.with_name(f"{path.name}.lock")):
+        if path.is_file():
+            return
+        lines = record.read_bytes().splitlines(keepends=True) if record.is_file() else []
+        kept: list[bytes] = []
+        with part.open("r+b" if part.is_file() else "w+b") as file:
+            file.write(header.getvalue())
+            for start, line in zip(starts, lines, strict=False):
+                data = file.read(min(piece, shape[0] - start) * row_bytes)
+                if line != _record_of(data, line[_DIGEST_CHARACTERS + 1 : -1]):
+                    break
+                kept.append(line)
+            file.seek(len(header.getvalue()) + min(len(kept) * piece, shape[0]) * row_bytes)
+            file.truncate()
+            record.write_bytes(b"".join(kept))
+            with record.open("ab") as log:
+                for start in starts[len(kept) :]:
+                    rows, note = make(np.arange(start, min(start + piece, shape[0])))
+                    data = np.ascontiguousarray(rows, dtype).tobytes()
+                    assert len(data) == len(rows) * row_bytes
+                    file.write(data)
+                    file.flush()
+                    log.write(_record_of(data, json.dumps(note).encode()))
+                    log.flush()
+            os.fsync(file.fileno())
+        lines = record.read_bytes().splitlines()
+        settle([json.loads(line[_DIGEST_CHARACTERS:]) for line in lines])
+        part.replace(path)
+        record.unlink()
+
+
+def _record_of(data: bytes, note: bytes) -> bytes:
+    digest = xxhash.xxh3_128(data)
+    digest.update(note)
+    return digest.hexdigest().encode() + b" " + note + b"\n"
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Waits for the lock `path`; its file is removed when the block ends well."""
+    while True:
         try:
-            image = read_image(pair.path, target=size).image
+            lock = WriterLock(path)
+            break
+        except StoreLockedError:
+            time.sleep(0.2)
+    try:
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _decode(
+    pairs: Sequence[Pair], size: int, rows: Iterable[int]
+) -> tuple[NDArray[np.uint8], dict[str, str]]:
+    """(m, size, size, 3) pixels of some pairs; what is wrong with a picture, by its number."""
+    numbers = list(rows)
+
+    def pixels(row: int) -> NDArray[np.uint8] | str:
+        try:
+            image = read_image(pairs[row].path, target=size).image
         except PictureError as exc:
-            faults[str(row)] = str(exc)
-        else:
-            pixels[row] = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+            return str(exc)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        found = dict(zip(numbers, threads.map(pixels, numbers), strict=True))
+    blank = np.zeros((size, size, 3), np.uint8)
+    decoded = np.stack([blank if isinstance(one, str) else one for one in found.values()])
+    return decoded, {str(row): one for row, one in found.items() if isinstance(one, str)}
+
+
+def _look_again(pairs: Sequence[Pair], size: int, path: Path, done: Path) -> dict[str, str]:
+    """The faults that `done` tells of and that have not passed (as a drive's, or of rights)."""
+    known: dict[str, str] = json.loads(done.read_text("utf-8"))
+    if not known:
+        return known
+    rows = [int(row) for row in known]
+    decoded, faults = _decode(pairs, size, rows)
+    pixels = np.lib.format.open_memmap(path, "r+")
+    pixels[rows] = decoded  # nobody else reads these as long as `done` names them
     pixels.flush()
+    if faults != known:
+        _replace(done, faults)
     return faults
+
+
+def _replace(path: Path, value: Any) -> None:
+    # Under a name of this process: another may do the same.
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(value), "utf-8")
+    beside.replace(path)
 
 
 class Pictures:
@@ -108,15 +230,19 @@ class Pictures:
         self.key = digest.hexdigest()
         cache.mkdir(parents=True, exist_ok=True)
         path, done = cache / f"pixels-{self.key}.npy", cache / f"pixels-{self.key}.json"
-        # Faults may pass (a drive, rights), so only a whole set is believed without looking again.
-        if not (path.is_file() and done.is_file()) or json.loads(done.read_text("utf-8")):
-            # Written beside and renamed, under a name of this process: another may do the same.
-            beside = cache / f"pixels-{self.key}.{os.getpid()}.tmp"
-            faults = _decode_all(pairs, size, beside)
-            beside.replace(path)
-            beside.write_text(json.dumps(faults), "utf-8")
-            beside.replace(done)
-        faults = json.loads(done.read_text("utf-8"))
+        if path.is_file() and done.is_file():
+            faults = _look_again(pairs, size, path, done)
+        else:
+            path.unlink(missing_ok=True)
+            fill_array(
+                path,
+                (len(pairs), size, size, 3),
+                np.uint8,
+                partial(_decode, pairs, size),
+                piece=_PIECE,
+                settle=lambda notes: _replace(done, dict(ChainMap(*notes))),
+            )
+            faults = json.loads(done.read_text("utf-8"))
         for fault in faults.values():
             warn(fault)
         self.rows = np.array([i for i in range(len(pairs)) if str(i) not in faults], np.int64)
@@ -127,42 +253,58 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: Iterable[int], seed: Sequence[int] | None) -> Tensor:
+    def batch(self, indices: NDArray[np.int64], seed: Sequence[int] | None) -> Tensor:
         """(b, s, s, 3) uint8; with a seed, each picture augmented in its own reproducible way."""
-        views = [self.pixels[self.rows[i]] for i in indices]
+        pixels = self.pixels[self.rows[indices]]
         if seed is not None:
             rngs = [np.random.default_rng((*seed, int(i))) for i in indices]
-            views = [augment(view, rng) for view, rng in zip(views, rngs, strict=True)]
-        return torch.from_numpy(np.stack(views))
+            pixels = np.stack([augment(view, rng) for view, rng in zip(pixels, rngs, strict=True)])
+        return torch.from_numpy(pixels)
 
 
 class Captions:
-    """Token ids of all captions of a list of pairs, padded only when a batch is made."""
+    """Token ids of all captions of a list of pairs, padded only when a batch is made.
+
+    Attributes:
+        picture: (m,) int64, the pair that each of the m captions belongs to, rising.
+        first: (n + 1,) int64, where the captions of each of the n pairs begin.
+        lengths: (m,) int64, tokens of each caption, at least 1.
+        key: a hash of the tokens.
+    """
 
     def __init__(self, pairs: Sequence[Pair], tokenizer: Tokenizer, max_tokens: int) -> None:
         texts = [caption.text for pair in pairs for caption in pair.captions]
         tokenizer.enable_truncation(max_tokens)
         tokenizer.no_padding()
-        self.ids = [encoding.ids or [0] for encoding in tokenizer.encode_batch(texts)]
+        ids = [
+            np.array(encoding.ids or [0], np.int32)
+            for start in range(0, len(texts), 4096)  # as what it gives is far larger than the ids
+            for encoding in tokenizer.encode_batch(texts[start : start + 4096])
+        ]
+        self.lengths = np.array([len(one) for one in ids], np.int64)
+        self._tokens = np.concatenate(ids)
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        digest = xxhash.xxh3_128(self._tokens.tobytes())
+        digest.update(self.lengths.tobytes())
+        self.key = digest.hexdigest()
         counts = [len(pair.captions) for pair in pairs]
         self.picture = np.repeat(np.arange(len(pairs)), counts)
         self.first = np.concatenate([[0], np.cumsum(counts)])
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.lengths)
 
-    def draw(self, picture: int, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """`count` captions of a picture, different ones as long as there are enough."""
-        first, last = int(self.first[picture]), int(self.first[picture + 1])
-        choices = rng.permutation(np.arange(first, last))
-        return np.resize(choices, count)
+    def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """(n, count) captions of every picture, different ones as long as it has enough."""
+        shuffled = np.lexsort((rng.random(len(self)), self.picture))
+        sizes = np.diff(self.first)
+        return shuffled[self.first[:-1, None] + np.arange(count) % sizes[:, None]]
 
-    def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """(b, t) ids and mask, t the longest caption among them."""
-        rows = [self.ids[i] for i in indices]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        return ids, mask
+        place = np.arange(self.lengths[indices].max())
+        mask = place < self.lengths[indices, None]
+        # What lies beyond the last caption is masked, but must be there to be looked at.
+        at = np.minimum(self._starts[indices, None] + place, len(self._tokens) - 1)
+        ids = np.where(mask, self._tokens[at], 0)
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(mask.astype(np.int64))

@@ -48,7 +48,12 @@ class TrainConfig:
     )
     views: int = _setting(1, "Frozen towers: cached views of a picture, all but one augmented.")
     epochs: int = _setting(20, "Passes over the pictures, at most.")
-    batch_size: int = _setting(256, "Pictures in a batch.")
+    batch_size: int = _setting(256, "Pictures in a batch; with --finetune as many as you like.")
+    micro_batch: int = _setting(
+        256,
+        "Fine-tuning: a larger batch goes through the towers in parts of so many pictures, twice, "
+        "with the memory of one part and the same gradients.",
+    )
     captions_per_picture: int = _setting(2, "Captions of each picture in a batch, drawn anew.")
     lr: float = _setting(1e-3, "Peak learning rate of the projections, on a cosine schedule.")
     image_lr: float | None = _setting(None, "The same for the image tower.")
@@ -74,7 +79,7 @@ class TrainConfig:
             raise UsageError("image_weights need an image_tower of timm, such as resnet50")
         if self.text_weights and self.text_tower == "gru":
             raise UsageError("text_weights need the text_tower transformer or static")
-        for name in ("dim", "image_size", "max_tokens", "views", "epochs"):
+        for name in ("dim", "image_size", "max_tokens", "views", "epochs", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")
         if self.seed < 0:

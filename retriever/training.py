@@ -4,8 +4,10 @@ Two ways. With frozen towers, each picture and caption goes through its tower on
 are cached on disk, and only the two projections are trained: minutes on a CPU. With `finetune`,
 the towers learn too, on pictures that are augmented anew in every epoch.
 
-What comes of it is a checkpoint with a log of one record an epoch. While training runs,
-`OUT.partial` beside it holds all that is needed to go on after a kill.
+A batch may be larger than memory: beyond `micro_batch` pictures its gradient is put together from
+parts of that size. What comes of it all is a checkpoint with a log of one record an epoch. While
+training runs, `OUT.partial` beside it holds all that is needed to go on after a kill; the caches
+are gone on with as well.
 """
 
 import contextlib
@@ -13,7 +15,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -42,13 +45,15 @@ from retriever.data import Pair
 from retriever.encoders import torch_device
 from retriever.errors import EncoderError, UsageError
 from retriever.metrics import alignment, modality_gap, retrieval_metrics, uniformity
-from retriever.samples import Captions, Pictures, split_pairs
+from retriever.samples import Captions, Pictures, fill_array, split_pairs
 from retriever.settings import TrainConfig
 from retriever.towers import BackboneTower, DualEncoder, TransformerTower
 
 # How many pictures or captions go through a tower at once. On a CPU the activations of so few stay
 # in the cache: measured, 64 pictures at a time take 26 ms each, 256 take 44.
 _PIECE = 64
+# Rows of a features file between two notes of how far it is.
+_FEATURES_PIECE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,50 @@ def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, To
 
 
 def _digest(*parts: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def _digest_of_tensors(tensors: Iterable[Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def backward_in_chunks(
+    chunks: Sequence[Callable[[], tuple[Tensor, ...]]], loss_of: Callable[..., Tensor]
+) -> Tensor:
+    """The loss of a batch, whose gradients are added to those of all that it depends on.
+
+    Gradient caching: what a backward pass needs is kept of one chunk at a time. All chunks are
+    encoded without a graph, the loss says what gradient each embedding has, and then every chunk is
+    encoded once more, for its embeddings' gradients to go on through it. As the loss sees nothing
+    but embeddings, the gradients are those of the whole batch. Gao et al. 2021, arXiv:2101.06983.
+
+    Args:
+        chunks: each encodes its part of the batch into tensors of as many rows as it likes. Called
+            twice, and with the same state of torch's random numbers both times.
+        loss_of: the tensors of all chunks, one below the other → loss.
+    """
+    seeds = torch.randint(2**62, (len(chunks),)).tolist()
+    encoded = []
+    with torch.no_grad():
+        for chunk, seed in zip(chunks, seeds, strict=True):
+            torch.manual_seed(seed)
+            encoded.append(chunk())
+    sides = list(zip(*encoded, strict=True))
+    whole = [torch.cat(side).requires_grad_() for side in sides]
+    loss = loss_of(*whole)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = []
+    for leaf, side in zip(whole, sides, strict=True):
+        assert leaf.grad is not None
+        gradients.append(torch.split(leaf.grad, [len(part) for part in side]))
+    for chunk, seed, *parts in zip(chunks, seeds, *gradients, strict=True):
+        torch.manual_seed(seed)
+        torch.autograd.backward(chunk(), parts)
+    return loss.detach()
 
 
 class _Run:
@@ -182,20 +230,27 @@ class _Run:
         self.cached: dict[str, Tensor] = {}
         if not config.finetune:
             self._cache_features(cache)
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), betas=(0.9, 0.98))
+        groups = self._parameter_groups()
+        is_fused = self.device.type in ("cpu", "cuda")  # one pass over the weights, not ten
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=is_fused)
         self.steps_per_epoch = max(len(self.pictures) // config.batch_size, 1)
-        self.average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        # Only these change: nothing else is averaged, kept or saved.
+        self.trained = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+        self.average = self.trained
+        if config.ema:
+            self.average = {k: v.clone() for k, v in self.trained.items()}
         self.log: list[dict[str, Any]] = []
         # A state is taken up only with the very same pictures, captions, vocabulary and towers.
         self.data = _digest(
             self.pictures.key,
             self.held_pictures.key,
-            self.captions.ids,
-            self.held_captions.ids,
+            self.captions.key,
+            self.held_captions.key,
             self.captions.first.tolist(),
             self.held_captions.first.tolist(),
             model.config,
             tokenizer.to_str(),
+            _digest_of_tensors(p for p in model.parameters() if not p.requires_grad),
         )
         self.best: dict[str, Tensor] = {}
 
@@ -247,14 +302,10 @@ class _Run:
     # ── frozen features ────────────────────────────────────────────────────────────────────────
 
     def _cache_features(self, cache: Path) -> None:
-        sides = [self.model.config["image"], self.model.config["text"]]
-        digest = xxhash.xxh3_128(json.dumps(sides, sort_keys=True).encode())
-        for name, tensor in self.model.state_dict().items():
-            if "_tower." in name:
-                flat = tensor.cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
-        towers = digest.hexdigest()
-        self.model.eval()
+        model = self.model
+        tensors = [v for k, v in model.state_dict().items() if "_tower." in k]
+        towers = _digest(model.config["image"], model.config["text"], _digest_of_tensors(tensors))
+        model.eval()
         sources = {
             "train": (self.pictures, self.captions, self.config.views),
             "held_out": (self.held_pictures, self.held_captions, 1),
@@ -265,29 +316,25 @@ class _Run:
                 name = f"{pictures.key}-{view}-{self.config.seed if view else 0}"
                 self.cached[f"{which}.image.{view}"] = self._features(
                     cache / f"features-{towers}-{name}.npy",
-                    len(pictures),
+                    (len(pictures), model.image_tower.features),
                     partial(self._view_features, pictures, seed),
                 )
-            texts = xxhash.xxh3_128(json.dumps(captions.ids).encode()).hexdigest()
             self.cached[f"{which}.text"] = self._features(
-                cache / f"features-{towers}-{texts}.npy",
-                len(captions),
+                cache / f"features-{towers}-{captions.key}.npy",
+                (len(captions), model.text_tower.features),
                 partial(self._text_features, captions),
             )
 
     def _features(
-        self, path: Path, count: int, encode: Callable[[NDArray[np.int64]], Tensor]
+        self, path: Path, shape: tuple[int, int], encode: Callable[[NDArray[np.int64]], Tensor]
     ) -> Tensor:
-        """(count, f) float32 from the cache file, which is written first if it is not there."""
-        if not path.is_file():
-            parts = []
-            for rows in np.array_split(np.arange(count), math.ceil(count / 1024)):
-                with torch.inference_mode():
-                    parts.append(encode(rows).cpu())
-            temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
-            with temporary.open("wb") as file:
-                np.save(file, torch.cat(parts).numpy())
-            temporary.rename(path)
+        """(n, f) float32 from the cache file, which is written first if it is not there."""
+
+        @torch.inference_mode()
+        def make(rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], None]:
+            return encode(rows).cpu().numpy(), None
+
+        fill_array(path, shape, np.float32, make, piece=_FEATURES_PIECE)
         return torch.from_numpy(np.load(path)).to(self.device)
 
     def _view_features(
@@ -302,7 +349,7 @@ class _Run:
 
     def _text_features(self, captions: Captions, rows: NDArray[np.int64]) -> Tensor:
         # Captions of like length go together, so that little of the work is padding.
-        order = np.argsort([len(captions.ids[row]) for row in rows], kind="stable")
+        order = np.argsort(captions.lengths[rows], kind="stable")
         parts = []
         for start in range(0, len(rows), _PIECE):
             ids, mask = captions.batch(rows[order[start : start + _PIECE]])
@@ -316,45 +363,83 @@ class _Run:
 
     # ── an epoch ───────────────────────────────────────────────────────────────────────────────
 
-    def _batches(self, epoch: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]]:
-        """Pictures (b,), their captions (b, c) and, when fine-tuning, pixels, one batch ahead."""
-        config = self.config
-        rng = np.random.default_rng((config.seed, epoch))
+    def _batches(self, epoch: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Pictures (b,) and their captions (b, c) of each batch."""
+        rng = np.random.default_rng((self.config.seed, epoch))
         order = rng.permutation(len(self.pictures))
-        b = min(config.batch_size, len(order))
-        plans = []
-        for start in range(0, self.steps_per_epoch * b, b):
-            rows = order[start : start + b]
-            drawn = [self.captions.draw(i, config.captions_per_picture, rng) for i in rows]
-            plans.append((rows, np.stack(drawn)))
-        if not config.finetune:
-            for rows, drawn_captions in plans:
-                yield rows, drawn_captions, torch.empty(0)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            ahead: list[Future[Tensor]] = []
-            for i in range(len(plans)):
-                while len(ahead) < 2 and i + len(ahead) < len(plans):
-                    rows = plans[i + len(ahead)][0]
-                    ahead.append(pool.submit(self.pictures.batch, rows, (config.seed, epoch)))
-                yield *plans[i], ahead.pop(0).result()
+        drawn = self.captions.draw(self.config.captions_per_picture, rng)[order]
+        b = min(self.config.batch_size, len(order))
+        starts = range(0, self.steps_per_epoch * b, b)
+        return [(order[start : start + b], drawn[start : start + b]) for start in starts]
 
-    def _loss(
-        self, rows: NDArray[np.int64], drawn: NDArray[np.int64], pixels: Tensor, epoch: int
-    ) -> Tensor:
-        config, model = self.config, self.model
-        flat = drawn.reshape(-1)
-        if config.finetune:
-            image_features = self._image_features(pixels)
-            text_features = self._text_features(self.captions, flat)
+    def _chunks(self, b: int) -> list[slice]:
+        """A batch of b pictures in parts, of which one at a time goes through towers that learn."""
+        size = self.config.micro_batch if self.config.finetune else b
+        return [slice(start, start + size) for start in range(0, b, size)]
+
+    def _pixels(
+        self, batches: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]], epoch: int
+    ) -> Iterator[Tensor]:
+        """Augmented pictures in the order in which `_backward` asks for them, two parts ahead."""
+        with ThreadPoolExecutor(1) as pool:
+            ahead: deque[Future[Tensor]] = deque()
+            for rows, _ in batches:
+                chunks = self._chunks(len(rows))
+                for chunk in chunks if len(chunks) == 1 else chunks * 2:
+                    seed = (self.config.seed, epoch)
+                    ahead.append(pool.submit(self.pictures.batch, rows[chunk], seed))
+                    if len(ahead) > 2:
+                        yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _embed(
+        self,
+        rows: NDArray[np.int64],
+        drawn: NDArray[np.int64],
+        pixels: Iterator[Tensor],
+        epoch: int,
+    ) -> tuple[Tensor, Tensor]:
+        """(b, d) embeddings of pictures and (b·c, d) of their captions, picture by picture."""
+        if self.config.finetune:
+            image_features = self._image_features(next(pixels))
+            text_features = self._text_features(self.captions, drawn.reshape(-1))
         else:
-            view = np.random.default_rng((config.seed, epoch, int(rows[0]))).integers(config.views)
-            image_features = self.cached[f"train.image.{view}"][torch.from_numpy(rows)]
-            text_features = self.cached["train.text"][torch.from_numpy(flat)]
-        c = drawn.shape[1]
-        images = model.project_images(image_features).repeat_interleave(c, dim=0)
-        texts = model.project_texts(text_features)
-        groups = torch.arange(len(rows), device=self.device).repeat_interleave(c)
+            chance = np.random.default_rng((self.config.seed, epoch, int(rows[0])))
+            view = self.cached[f"train.image.{chance.integers(self.config.views)}"]
+            image_features = view.index_select(0, self._on_device(rows))
+            text_features = self.cached["train.text"].index_select(
+                0, self._on_device(drawn.reshape(-1))
+            )
+        return self.model.project_images(image_features), self.model.project_texts(text_features)
+
+    def _on_device(self, rows: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(rows).to(self.device)
+
+    def _backward(
+        self,
+        rows: NDArray[np.int64],
+        drawn: NDArray[np.int64],
+        pixels: Iterator[Tensor],
+        epoch: int,
+    ) -> Tensor:
+        """The loss of a batch, whose gradients are then in the parameters."""
+        chunks = [
+            partial(self._embed, rows[chunk], drawn[chunk], pixels, epoch)
+            for chunk in self._chunks(len(rows))
+        ]
+        if len(chunks) > 1:
+            return backward_in_chunks(chunks, self._loss)
+        loss = self._loss(*chunks[0]())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _loss(self, images: Tensor, texts: Tensor) -> Tensor:
+        """The objective of (b, d) pictures and the (b·c, d) captions of these, c of each."""
+        config, model = self.config, self.model
+        c = len(texts) // len(images)
+        groups = torch.arange(len(images), device=self.device).repeat_interleave(c)
+        images = images.repeat_interleave(c, dim=0)
         match config.objective:
             case "clip":
                 return objectives.clip_loss(images, texts, model.logit_scale, groups)
@@ -369,37 +454,38 @@ class _Run:
                 return objectives.squared_uniformity_loss(images[::c], texts[::c])
 
     def _update_average(self, step: int) -> None:
+        if self.average is self.trained:
+            return
         # The decay grows with the steps, so that the first weights do not linger in a short run.
-        decay = min(self.config.ema, (1 + step) / (10 + step)) if self.config.ema else 0.0
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value.detach(), 1 - decay)
+        decay = min(self.config.ema, (1 + step) / (10 + step))
+        for name, value in self.trained.items():
+            self.average[name].lerp_(value, 1 - decay)
 
     def train_epoch(self, epoch: int, progress: Callable[[int, int], None] | None) -> float:
         """Mean loss of one pass over the training pictures."""
         torch.manual_seed(self.config.seed * 100_003 + epoch)
         self.model.train()
         losses = []
-        for step, (rows, drawn, pixels) in enumerate(self._batches(epoch)):
+        batches = self._batches(epoch)
+        pixels = self._pixels(batches, epoch)
+        for step, (rows, drawn) in enumerate(batches):
             done = epoch * self.steps_per_epoch + step
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * self._lr_factor(done)
-            loss = self._loss(rows, drawn, pixels, epoch)
             self.model.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(self._backward(rows, drawn, pixels, epoch))
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self._update_average(done)
-            losses.append(loss.item())
             if progress:
                 progress(step + 1, self.steps_per_epoch)
-        return float(np.mean(losses))
+        return torch.stack(losses).double().mean().item()
 
     @torch.inference_mode()
     def held_out(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Embeddings of the held-out pictures (n, d) and captions (m, d), by averaged weights."""
-        current = {k: v.clone() for k, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average)
+        current = {k: v.clone() for k, v in self.trained.items()}
+        self.model.load_state_dict(self.average, strict=False)
         self.model.eval()
         if self.config.finetune:
             n = len(self.held_pictures)
@@ -414,7 +500,7 @@ class _Run:
             text_features = self.cached["held_out.text"]
         images = self.model.project_images(image_features).cpu().numpy()
         texts = self.model.project_texts(text_features).cpu().numpy()
-        self.model.load_state_dict(current)
+        self.model.load_state_dict(current, strict=False)
         return images, texts
 
     def measure(self, epoch: int, loss: float, started: float) -> EpochLog:
@@ -441,8 +527,9 @@ class _Run:
 
     def save(self) -> None:
         """Everything needed to go on, as safetensors and JSON, replaced in one step."""
-        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        tensors = {f"model.{k}": v for k, v in self.trained.items()}
+        if self.average is not self.trained:
+            tensors |= {f"average.{k}": v for k, v in self.average.items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         state = self.optimizer.state_dict()
         for index, values in state["state"].items():
@@ -450,7 +537,7 @@ class _Run:
         self.partial.mkdir(parents=True, exist_ok=True)
         temporary = self.partial / "state.tmp"
         save_file(
-            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()},
+            {k: v.cpu().contiguous() for k, v in tensors.items()},
             temporary,
             {
                 "log": json.dumps(self.log),
@@ -482,8 +569,9 @@ class _Run:
                 kind, _, name = key.partition(".")
                 parts.setdefault(kind, {})[name] = file.get_tensor(key)
         self.log = json.loads(meta["log"])
-        self.model.load_state_dict(parts["model"])
-        self.average = {k: v.to(self.device) for k, v in parts["average"].items()}
+        self.model.load_state_dict(parts["model"], strict=False)
+        for name, value in parts.get("average", {}).items():
+            self.average[name].copy_(value)
         self.best = parts["best"]
         state = self.optimizer.state_dict()
         for key, value in parts.get("optimizer", {}).items():
@@ -523,7 +611,8 @@ def train(
         datasets: folders that `retriever.data.read_pairs` can read.
         out: the checkpoint folder; replaced only when training is done.
         config: the settings.
-        cache: folder for decoded pixels and tower features; may be deleted at any time.
+        cache: folder for decoded pixels and tower features; may be deleted at any time. A run that
+            was killed while it filled them goes on there too.
         on_epoch: called with each epoch's record.
         progress: called with (steps done, steps of this epoch).
         warn: called with a sentence for each picture that cannot be read.
@@ -551,7 +640,7 @@ def train(
         run.save()
         if on_epoch:
             on_epoch(entry)
-    model.load_state_dict(run.best)
+    model.load_state_dict(run.best, strict=False)
     data = {"datasets": [d.name for d in datasets], "pictures": len(run.pictures)}
     data |= {"captions": len(run.captions), "held_out": len(run.held_pictures)}
     training = {"config": asdict(config), "data": data}

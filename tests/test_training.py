@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -5,17 +6,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from retriever import training
 from retriever.checkpoints import load_checkpoint, save_checkpoint
 from retriever.errors import EncoderError, UsageError
 from retriever.samples import Pictures, augment, split_pairs
-from retriever.settings import TrainConfig
-from retriever.training import train
+from retriever.settings import OBJECTIVES, TrainConfig
+from retriever.towers import DualEncoder
+from retriever.training import _Run, build, train
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230), "grey": (128,) * 3}
 TINY = TrainConfig(image_size=32, dim=16, epochs=3, batch_size=8, threads=1)
@@ -165,6 +169,28 @@ def test_a_picture_that_can_be_read_again_is_trained_on(colours, tmp_path):
     assert len(faults) == 1
 
 
+def test_features_are_gone_on_with_after_a_kill(colours, trained, tmp_path, monkeypatch):
+    config = TrainConfig(init=str(trained), epochs=1, batch_size=8, threads=1)
+    train([colours], tmp_path / "whole.ckpt", config, cache=tmp_path / "undisturbed")
+    monkeypatch.setattr(training, "_FEATURES_PIECE", 10)
+    encode, encoded = DualEncoder.image_features, []
+
+    def killed(self, pixels):
+        if sum(encoded) >= 20:
+            raise Killed
+        encoded.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(DualEncoder, "image_features", killed)
+    with pytest.raises(Killed):
+        train([colours], tmp_path / "a.ckpt", config, cache=tmp_path / "cache")
+    assert encoded == [10, 10]
+    encoded[:] = [-1000]
+    train([colours], tmp_path / "a.ckpt", config, cache=tmp_path / "cache")
+    assert encoded[1:] == [10, 6, 4]  # the rest of 36, then the held-out four
+    assert_same_weights(tmp_path / "whole.ckpt", tmp_path / "a.ckpt")
+
+
 def test_text_weights_without_a_tokenizer_are_a_clear_error(colours, tmp_path):
     config = replace(TINY, text_tower="static", text_weights=str(tmp_path))
     with pytest.raises(EncoderError, match=r"no tokenizer\.json that can be read"):
@@ -227,6 +253,76 @@ def test_every_objective_trains(objective, colours, tmp_path):
     assert all(np.isfinite(entry["loss"]) for entry in log)
 
 
+# ── large batches ──────────────────────────────────────────────────────────────────────────────
+
+
+def noisy_run(folder: Path, tmp_path: Path, **settings: Any) -> _Run:
+    """Fine-tuning with every kind of chance, in float32, with a loss that has all its parts."""
+    config = replace(
+        TINY, finetune=True, dropout=0.2, token_dropout=0.2, text_tower="transformer", **settings
+    )
+    pairs, held_out = split_pairs([folder], 0)
+    model, tokenizer = build(config, [c.text for pair in pairs for c in pair.captions])
+    return _Run(config, model, tokenizer, tmp_path / "o", tmp_path, pairs, held_out, print)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(
+    objective, colours, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(training, "_autocast", lambda device: contextlib.nullcontext())
+    run = noisy_run(colours, tmp_path, objective=objective, batch_size=20, micro_batch=6)
+    run.model.train()
+    [(rows, drawn)] = run._batches(0)
+    torch.manual_seed(5)
+    loss = run._backward(rows, drawn, run._pixels([(rows, drawn)], 0), 0)
+    cached = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    run.model.zero_grad()
+
+    # The same parts with the same chance, but all their graphs kept until the loss is there.
+    pixels = run._pixels([(rows, drawn)], 0)
+    chunks = [slice(0, 6), slice(6, 12), slice(12, 18), slice(18, 20)]
+    torch.manual_seed(5)
+    seeds = torch.randint(2**62, (4,)).tolist()
+    embedded = []
+    for chunk, seed in zip(chunks, seeds, strict=True):
+        torch.manual_seed(seed)
+        embedded.append(run._embed(rows[chunk], drawn[chunk], pixels, 0))
+    whole = run._loss(*map(torch.cat, zip(*embedded, strict=True)))
+    whole.backward()
+    assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+    plain = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    assert cached.keys() == plain.keys()
+    assert {"image_tower.layers.0.weight", "text_tower.tokens.weight"} <= plain.keys()
+    assert ("log_scale" in plain) == (objective in ("clip", "siglip"))
+    assert ("logit_bias" in plain) == (objective == "siglip")
+    for name, gradient in plain.items():
+        torch.testing.assert_close(cached[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_without_chance_parts_change_nothing(colours, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_autocast", lambda device: contextlib.nullcontext())
+    gradients = []
+    for size in (36, 36, 7):
+        run = noisy_run(colours, tmp_path, batch_size=36, micro_batch=size)
+        run.model.eval()  # no dropout, no hidden tokens
+        [batch] = run._batches(0)
+        run._backward(*batch, run._pixels([batch], 0), 0)
+        parameters = run.model.named_parameters()
+        gradients.append({name: p.grad for name, p in parameters if p.grad is not None})
+    whole, again, parts = gradients
+    for name, gradient in whole.items():
+        assert torch.equal(again[name], gradient)
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_with_parts_is_repeatable(colours, tmp_path):
+    config = replace(TINY, epochs=2, batch_size=20, micro_batch=6, token_dropout=0.1)
+    for name in ("a.ckpt", "b.ckpt"):
+        train([colours], tmp_path / name, config, cache=tmp_path)
+    assert_same_weights(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+
+
 def test_unknown_objective_names_the_known_ones():
     with pytest.raises(UsageError, match="unknown objective 'nce': choose from clip, siglip"):
         TrainConfig(objective="nce")
@@ -241,6 +337,7 @@ def test_unknown_objective_names_the_known_ones():
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
