@@ -16,7 +16,7 @@ own time, and the limit is the lesser of both.
 A run over all files and one over a quarter of them tell start-up and work apart: the rate is that
 of the three quarters between them, and what the whole process made stands beside it. All tools run
 in turn; rates are medians over the rounds, ratios are medians of the rounds' ratios. Memory is that
-of all processes of a tool together, sampled. An hour with the peers on two cores, 5 GB of disk.
+of all processes of a tool together, sampled. An hour with the peers on two cores, 10 GB of disk.
 """
 
 import json
@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+import xxhash
 from peers import PEERS, SHARED_MODEL, Call, PeerError, default_cache, ready, weights
 from PIL import Image
 from report import RETRIEVER, format_table, run_process, write_report
@@ -104,6 +105,7 @@ class Files:
     part_count: int
     pixels: tuple[int, int]  # of the picture in the middle, by area
     mb_per_file: float
+    digest: str  # of the contents, in order
 
 
 # ── the tools ────────────────────────────────────────────────────────────────────────────────────
@@ -179,7 +181,7 @@ def sets_of(sources: Sequence[Path], settings: Settings, cache: Path, home: Path
         sets.append(staged("as they are", sources[: settings.count], home, settings.part))
     for name, count, size, noise in (
         ("640 × 480", settings.small, (640, 480), 4.0),
-        ("12 megapixels", settings.large, (4000, 3000), 2.5),
+        ("12 megapixels", settings.large, (4000, 3000), 6.0),
     ):
         if count:
             made = made_pictures(sources, count, size, noise, settings.seed, cache)
@@ -225,17 +227,19 @@ def made_pictures(
 def staged(name: str, paths: Sequence[Path], home: Path, part: int) -> Files:
     """Two new folders with the pictures, and with one in so many of them."""
     folders = [home / f"{name.replace(' ', '-')}-{kind}" for kind in ("whole", "part")]
-    areas = []
+    areas, contents = [], xxhash.xxh3_64()
     for folder, chosen in zip(folders, (paths, paths[::part]), strict=True):
         folder.mkdir()
         for number, path in enumerate(chosen):
             shutil.copyfile(path, folder / f"{number:05d}{path.suffix}")
     for path in paths:
+        contents.update(path.read_bytes())
         with Image.open(path) as picture:
             areas.append((picture.width * picture.height, picture.size))
     middle = sorted(areas)[len(areas) // 2][1]
     size = sum(path.stat().st_size for path in paths) / 1e6 / len(paths)
-    return Files(name, *folders, len(paths), len(paths[::part]), middle, round(size, 3))
+    counts = (len(paths), len(paths[::part]))
+    return Files(name, *folders, *counts, middle, round(size, 3), contents.hexdigest())
 
 
 # ── measuring ────────────────────────────────────────────────────────────────────────────────────
@@ -648,6 +652,7 @@ def main(pictures: Path, cache: Path, limit: str | None, out: Path | None, **opt
             "files_in_part": files.part_count,
             "pixels": files.pixels,
             "mb_per_file": files.mb_per_file,
+            "xxh3_64": files.digest,
             "tools": [
                 summary_of(
                     tool,

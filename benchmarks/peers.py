@@ -9,7 +9,7 @@ time, not the answers. The same weights serve our own `ARCHITECTURE/FILE`, so al
 
 rclip runs its towers in ONNX Runtime, clip-retrieval in torch of the version that is installed
 here. What either writes is counted after each run, because a tool that skips pictures is fast.
-Three gigabytes of disk for the two environments, five where torch brings CUDA's libraries.
+Three gigabytes of disk for environments and weights, eight where torch brings CUDA's libraries.
 """
 
 import json

@@ -305,7 +305,7 @@ def test_encode(tmp_path: Path) -> None:
 def test_work_and_start_are_told_apart() -> None:
     import encode
 
-    files = encode.Files("a set", Path(), Path(), 8, 2, (96, 64), 0.1)
+    files = encode.Files("a set", Path(), Path(), 8, 2, (96, 64), 0.1, "")
     # Three more pictures take 1.5 s and 0.75 s of CPU time; the rest is there before the first.
     rounds = [{"part": {"wall_s": 2.0, "cpu_s": 3.0}, "whole": {"wall_s": 5.0, "cpu_s": 4.5}}]
     assert encode.rates_of(rounds, files) == {
@@ -361,7 +361,7 @@ def test_a_tool_that_skips_pictures_is_an_error(tmp_path: Path) -> None:
     from peers import Call
 
     whole, part = (photographs(tmp_path / name, 2) for name in ("whole", "part"))
-    files = encode.Files("a set", whole, part, 2, 2, (96, 64), 0.1)
+    files = encode.Files("a set", whole, part, 2, 2, (96, 64), 0.1, "")
     tool = encode.Tool("lazy", "none", "none", lambda *_: Call(python("pass")), lambda _: 1)
     with pytest.raises(RuntimeError, match="wrote 1 embeddings of 2 pictures"):
         encode.measure(tool, files, tmp_path)
