@@ -121,6 +121,42 @@ def test_a_killed_run_goes_on_and_ends_as_if_undisturbed(colours, trained, tmp_p
     assert [p.name for p in tmp_path.glob("killed*")] == ["killed.ckpt"]
 
 
+@pytest.mark.parametrize("settings", [{"finetune": True}, {"views": 2}])
+def test_averages_and_frozen_towers_survive_a_kill(settings, colours, trained, tmp_path):
+    config = TrainConfig(
+        init=str(trained), epochs=3, batch_size=8, patience=3, ema=0.9, threads=1, **settings
+    )
+
+    def kill(entry):
+        if entry.epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train([colours], tmp_path / "a.ckpt", config, cache=tmp_path, on_epoch=kill)
+    train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
+    train([colours], tmp_path / "b.ckpt", config, cache=tmp_path)
+    assert_same_weights(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    state = json.loads((tmp_path / "a.ckpt" / "log.json").read_text("utf-8"))
+    assert [entry["epoch"] for entry in state] == [0, 1, 2]
+
+
+def test_state_of_a_run_from_other_weights_is_not_taken_up(colours, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "init.ckpt")
+    config = TrainConfig(init=str(tmp_path / "init.ckpt"), epochs=2, batch_size=8, threads=1)
+
+    def kill(entry):
+        raise Killed
+
+    with pytest.raises(Killed):
+        train([colours], tmp_path / "a.ckpt", config, cache=tmp_path, on_epoch=kill)
+    model, tokenizer = load_checkpoint(trained)
+    with torch.no_grad():
+        model.text_tower.tokens.weight[1] += 1
+    save_checkpoint(tmp_path / "init.ckpt", model, tokenizer, {})
+    with pytest.raises(UsageError, match="other settings or data"):
+        train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
+
+
 def test_state_of_a_run_with_other_settings_is_not_taken_up(colours, tmp_path):
     def kill(entry):
         raise Killed
