@@ -269,6 +269,21 @@ def test_scale(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("scale-*")), "libraries are deleted"
 
 
+def test_train(tmp_path: Path) -> None:
+    options = ("--pictures", 40, "--held-out", 8, "--batch-size", 8, "--epochs", 2, "--threads", 1)
+    large = ("--batches", "8,20", "--micro-batch", 8, "--kept", 20, "--image-size", 16)
+    record = run_benchmark("train", *options, *large, folder=tmp_path, plots=[""])
+    frozen = record["numbers"]["frozen"]
+    assert frozen["steps_per_epoch"] == 5
+    check_percentiles(frozen["step"])
+    check_percentiles(frozen["products"])
+    batches = [(one["batch"], one["cached"]) for one in record["numbers"]["batches"]]
+    assert batches == [(8, False), (20, True), (20, False)]
+    for one in record["numbers"]["batches"]:
+        assert one["pictures"] == 40
+        assert one["peak_mb"] > 100  # torch alone
+
+
 def test_recheck(tmp_path: Path) -> None:
     record = run_benchmark("recheck", "--sizes", 20, 40, "--runs", 1, folder=tmp_path)
     assert [one["pictures"] for one in record["numbers"]["folders"]] == [20, 40, 40]
