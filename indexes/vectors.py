@@ -246,7 +246,9 @@ class VectorIndex:
         for ids, vectors in batches:
             if vectors.shape[1] != dim:
                 raise ValueError(f"vectors have {vectors.shape[1]} dimensions, not {dim}")
-            keyed.add_with_ids(np.ascontiguousarray(vectors, dtype=np.float32), ids)
+            # As they are: turned into float32 and back they would take four times as long.
+            codes = np.ascontiguousarray(vectors, dtype=np.float16).view(np.uint8)
+            keyed.add_sa_codes(codes, np.ascontiguousarray(ids, dtype=np.int64))
         index = cls(keyed)
         assert bool((np.diff(index.ids) > 0).all()), "ids must ascend"
         return index

@@ -64,6 +64,17 @@ def test_more_wanted_than_there_are_gives_all_and_no_placeholder(count):
         assert sorted(match.ids.tolist()) == list(range(count))
 
 
+def test_batches_become_what_faiss_makes_of_their_numbers():
+    rows, ids = unit_rows(50, 1).astype(np.float16), np.arange(50) * 7
+    parts = [(ids[:0], rows[:0]), (ids[:20], rows[:20]), (ids[20:], rows[20:])]
+    plain = faiss.IndexIDMap(
+        faiss.IndexScalarQuantizer(DIM, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    )
+    plain.add_with_ids(rows.astype(np.float32), ids)
+    made = VectorIndex.build(DIM, parts)
+    assert np.array_equal(faiss.serialize_index(made._keyed), faiss.serialize_index(plain))
+
+
 def test_ids_that_do_not_ascend_are_our_mistake():
     with pytest.raises(AssertionError):
         make(unit_rows(2, 1), np.array([2, 1]))
