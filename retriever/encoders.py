@@ -14,11 +14,10 @@ from functools import cached_property, partial
 from importlib.util import find_spec
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from retriever.cleaning import CLEANINGS, cleaned
 from retriever.errors import EncoderError, MissingExtraError, PictureError, UsageError
@@ -27,6 +26,7 @@ from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
     from tokenizers import Tokenizer
 
     from retriever.engines import Lanes
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-ImageInput = Image.Image | Path | Array
+ImageInput: TypeAlias = "Image.Image | Path | Array"
 T = TypeVar("T")
 Tower = Literal["image", "text"]
 Feed = Mapping[str, Array]
@@ -180,6 +180,13 @@ class OnnxEncoder:
         self._lanes: dict[Tower, Lanes] = {}
         self._inputs: Counter[Tower] = Counter()
         self._guard = threading.Lock()  # of both
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to encode at once that keep all lanes busy until shortly before the end."""
+        from retriever.engines import usable_cores
+
+        return max(IMAGE_BATCH, 2 * CPU_BATCH["image"] * (self._threads or usable_cores()))
 
     @property
     def engine(self) -> str:
@@ -569,8 +576,11 @@ def to_pixels(image: ImageInput, size: int, resize: str, interpolation: str) -> 
 
 def _stacked_pixels(images: Sequence[ImageInput], preprocessing: Preprocessing) -> Array:
     """(b, size, size, 3) uint8."""
-    size, prepared = preprocessing.size, preprocessing.prepared
-    return np.stack([np.asarray(prepared(open_picture(one, target=size))) for one in images])
+    size = preprocessing.size
+    pixels = np.empty((len(images), size, size, 3), np.uint8)
+    for place, image in zip(pixels, images, strict=True):
+        place[:] = np.asarray(preprocessing.prepared(open_picture(image, target=size)))
+    return pixels
 
 
 def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
@@ -580,7 +590,7 @@ def preprocessing_of(config: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def open_picture(image: ImageInput, *, target: int) -> Image.Image:
+def open_picture(image: ImageInput, *, target: int) -> "Image.Image":
     """An RGB picture from whatever stands for one; `target` is the side needed of it in pixels."""
     if isinstance(image, Path):
         from retriever.data import read_image
@@ -592,6 +602,8 @@ def open_picture(image: ImageInput, *, target: int) -> Image.Image:
                 f"a picture given as an array must be uint8 RGB of shape (h, w, 3), "
                 f"not {image.dtype} of shape {image.shape}"
             )
+        from PIL import Image
+
         return Image.fromarray(image)
     return image if image.mode == "RGB" else image.convert("RGB")
 

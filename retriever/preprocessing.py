@@ -43,6 +43,8 @@ class Preprocessing:
         from PIL import Image
 
         size, filtered = self.size, Image.Resampling[self.interpolation.upper()]
+        if picture.size == (size, size):
+            return picture
         if self.resize == "squash":
             return picture.resize((size, size), filtered)
         # Rounded as torchvision's Resize and CenterCrop: open_clip's models were trained with them.
