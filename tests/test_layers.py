@@ -38,6 +38,7 @@ LAYERS = [
     {"indexes.store"},
     {"indexes.care"},
     {"indexes.salvage", "indexes.writer"},
+    {"indexes.approximate"},
     {"indexes.catalogue", "indexes.vectors"},
     {"indexes.snapshot"},
     {"indexes.locks", "indexes.migrations", "indexes.records"},
@@ -66,7 +67,7 @@ TORCH_HOMES = {
     )
 }
 HOMES = {
-    "faiss": {"indexes.vectors"},
+    "faiss": {"indexes.approximate", "indexes.vectors"},
     "sqlalchemy": {"indexes.catalogue"},
     "onnxruntime": {"retriever.encoders", "retriever.engines"},
     "openvino": {"retriever.engines"},
