@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from indexes.approximate import ApproximateIndex
 from indexes.catalogue import Catalogue
 from indexes.errors import (
     StoreDamagedError,
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from indexes.snapshot import Reader, Snapshot
 
 SAVED = "catalogue.saved.sqlite"
-_COPIED = re.compile(r"catalogue\.sqlite(-wal|-shm|\.tmp)?|(image|caption)-\d+-\d+\.faiss(\.tmp)?")
+_COPIED = re.compile(
+    r"catalogue\.sqlite(-wal|-shm|\.tmp)?|(image|caption)-\d+-\d+(-approximate)?\.faiss(\.tmp)?"
+)
 LOST = "its embedding was lost; index its folder again"
 
 
@@ -46,7 +49,8 @@ def verify(path: Path, catalogue: Reader) -> list[str]:
 
     Checks SQLite's integrity, foreign keys, that exactly what should have an embedding has one,
     that embeddings are finite and of unit length, and that the FAISS files of every model have the
-    recorded generation, size and checksum and hold the very vectors of the catalogue.
+    recorded generation, size and checksum and hold the very vectors of the catalogue, and that
+    approximate indexes are whole.
     """
     found: list[str] = []
     try:
@@ -55,9 +59,22 @@ def verify(path: Path, catalogue: Reader) -> list[str]:
             for model_id, model in state.models().items():
                 for kind in KINDS:
                     found += _verify_kind(path, state.of_model(model_id), model, kind)
+                    found += _verify_approximate(path, state.of_model(model_id), model, kind)
     except StoreDamagedError as error:
         found.append(str(error))
     return found
+
+
+def _verify_approximate(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> list[str]:
+    built = rows.approximate_file(kind)
+    if built is None:
+        return []
+    file = built.file
+    try:
+        ApproximateIndex.load(path / file.name, dim=model.dim, rows=file.rows, stamp=file.stamp)
+    except IndexFileError as error:
+        return [f"{error}; searches are exact until `retriever optimize` makes it again"]
+    return []
 
 
 def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> list[str]:
@@ -76,7 +93,7 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
             index = None
             found.append(f"{error}; `retriever repair` makes it again")
     after = file.change if file is not None else -1
-    beside = _ids_after(rows, kind, after)
+    beside = rows.ids_after(kind, after)
     missing = 0
     no_unit: list[int] = []
     others: list[int] = []
@@ -266,7 +283,7 @@ def _mend_vectors(path: Path, rows: Transaction, model: ModelSpec, kind: Kind) -
             )
             index.check()
             # Only what has not changed since the file was written is the same in both.
-            beside = _ids_after(rows, kind, file.change)
+            beside = rows.ids_after(kind, file.change)
             for ids, stored in rows.vectors(kind):
                 positions, present = index.find(ids)
                 theirs = index.vectors(positions).astype(np.float16)
@@ -294,18 +311,22 @@ def _mend_files(path: Path, catalogue: Catalogue) -> Iterator[str]:
             for kind in KINDS
             for problem in _verify_kind(path, state.of_model(model_id), model, kind)
         ]
+        useless = [
+            (model_id, kind, problem)
+            for model_id, model in state.models().items()
+            for kind in KINDS
+            for problem in _verify_approximate(path, state.of_model(model_id), model, kind)
+        ]
+    with catalogue.write() as changes:
+        for model_id, kind, problem in useless:
+            changes.record_approximate(model_id, kind, None)
+            yield f"an approximate index is no longer used: {problem}"
     writer = Writer(path, catalogue, 0)
     if broken:
         writer.finish(anew=KINDS, all_models=True)
         yield f"the FAISS files were made anew: {broken[0]}"
     else:
         writer.finish(all_models=True)
-
-
-def _ids_after(rows: Snapshot, kind: Kind, change: int) -> NDArray[np.int64]:
-    """Ids of embeddings written after a change: those that a FAISS file does not have."""
-    found = [ids for ids, _ in rows.vectors(kind, after=change)]
-    return np.concatenate([*found, np.empty(0, dtype=np.int64)])
 
 
 def _is_unit(vectors: NDArray[np.float16]) -> NDArray[np.bool_]:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 Kind = Literal["image", "caption"]
 KINDS: tuple[Kind, ...] = ("image", "caption")
 Status = Literal["ok", "failed"]
+Source = Literal["text", "image"]  # of a query
+SOURCES: tuple[Source, ...] = ("text", "image")
 
 UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to a store
 STORED_TOLERANCE = 2e-3  # the same, after rounding to float16
@@ -205,16 +207,32 @@ class ApproximateFile:
     kind: str  # such as "IVF4096,RaBitQfs"
     memory_bytes: int
     build_seconds: float
-    directions: dict[str, list[Direction]]
+    directions: dict[Source, list[Direction]]
+
+
+class ApproximateInfo(TypedDict):
+    """An approximate index in `KindInfo`; `beside` counts rows that are searched exactly."""
+
+    kind: str
+    rows: int
+    beside: int
+    memory_bytes: int
+    build_seconds: float
+    directions: dict[str, list[dict[str, int | float]]]
 
 
 class KindInfo(TypedDict):
-    """How one kind of embedding is searched: rows in the FAISS file, beside it, and struck out."""
+    """How one kind of embedding is searched: rows in the FAISS file, beside it, and struck out.
+
+    `reason` says in a sentence why it is searched exactly or by `approximate`.
+    """
 
     rows: int
     indexed: int
     tail: int
     removed: int
+    approximate: ApproximateInfo | None
+    reason: str
 
 
 class StoreInfo(TypedDict):

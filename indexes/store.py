@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -40,8 +40,8 @@ from indexes.files import CATALOGUE, LOCK, absolute, find_catalogue, may_write
 from indexes.locks import locked
 from indexes.records import (
     KINDS,
+    ApproximateInfo,
     CaptionRow,
-    IndexFile,
     ItemRow,
     ItemWrite,
     Kind,
@@ -50,6 +50,8 @@ from indexes.records import (
     Match,
     ModelSpec,
     RootInfo,
+    SearchPolicy,
+    Source,
     StoredModel,
     StoreInfo,
 )
@@ -58,6 +60,7 @@ from indexes.writer import Writer, check_embeddings
 
 if TYPE_CHECKING:
     from indexes.catalogue import Catalogue
+    from indexes.gallery import Approximate, Gallery
     from indexes.vectors import VectorIndex
 
 __all__ = [
@@ -81,20 +84,8 @@ __all__ = [
 LONG_TAIL = 20_000
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Gallery:
-    """What is searched for one kind, in one state of the catalogue."""
-
-    version: tuple[int, int]
-    file: IndexFile | None
-    index: VectorIndex | None
-    alive: NDArray[np.bool_] | None  # rows of `index` that still hold; None means all
-    tail: VectorIndex
-    is_stale: bool  # the file should be made again
-
-
 class Store:
-    """One folder of items, captions and embeddings, searched exactly.
+    """One folder of items, captions and embeddings, searched exactly unless it has proved better.
 
     Searches and reads may run in several threads, and beside a writer in this or another process;
     each sees what was committed when it began.
@@ -107,7 +98,7 @@ class Store:
         self._catalogue = catalogue
         self._read_only = read_only
         self._hindrance: str | None = None  # why it is, unless that was asked for
-        self._galleries: dict[Kind, _Gallery] = {}
+        self._galleries: dict[Kind, Gallery] = {}
         self._guard = threading.Lock()
 
     @classmethod
@@ -321,14 +312,21 @@ class Store:
         k: int,
         *,
         among: Collection[int] | None = None,
+        source: Source | None = None,
+        exact: bool = False,
     ) -> list[Match]:
-        """The k best of a kind for each query, exactly; equal scores are ordered by id.
+        """The k best of a kind for each query; equal scores are ordered by id.
+
+        The answer is exact, unless there is an approximate index that was proved for queries of
+        this source and for k (see `Writer.optimize`); its scores are exact all the same.
 
         Args:
             kind: "image" searches pictures and answers item ids, "caption" answers caption ids.
             queries: (q, d) float32, unit rows.
             k: results wanted, at least 1; fewer come only if there are fewer candidates.
-            among: ids that may be returned; None means all.
+            among: ids that may be returned, exactly; None means all.
+            source: what the queries are embeddings of; None: anything.
+            exact: leave out the approximate index.
 
         Raises:
             InvalidRowsError: queries of another shape, type or length.
@@ -341,32 +339,13 @@ class Store:
         while True:
             gallery = self._gallery(kind)
             try:
-                return self._search(gallery, queries, k, among)
+                return gallery.search(queries, k, among=among, source=source, exact=exact)
             except IndexFileError:  # found damaged where it had not been read before
                 with self._guard:
                     if self._galleries.get(kind) is gallery:
-                        self._galleries[kind] = replace(gallery, version=(-1, -1), index=None)
-
-    def _search(
-        self, gallery: _Gallery, queries: NDArray[np.float32], k: int, among: Collection[int] | None
-    ) -> list[Match]:
-        from indexes.vectors import merge
-
-        wanted = None
-        if among is not None:
-            wanted = np.unique(np.fromiter(among, dtype=np.int64, count=len(among)))
-        parts = []
-        for index, alive in ((gallery.index, gallery.alive), (gallery.tail, None)):
-            if index is None:
-                continue
-            allowed = alive
-            if wanted is not None:
-                allowed = np.zeros(len(index), dtype=np.bool_)
-                allowed[index.find(wanted)[0]] = True
-                if alive is not None:
-                    allowed &= alive
-            parts.append(index.search(queries, k, allowed=allowed))
-        return [merge(several, k) for several in zip(*parts, strict=True)]
+                        self._galleries[kind] = replace(
+                            gallery, version=(-1, -1), index=None, approximate=None
+                        )
 
     def items(self, ids: Sequence[int]) -> list[ItemRow]:
         """Items in the order asked; removed ones are absent."""
@@ -395,6 +374,24 @@ class Store:
         """Ids of an item's captions, in their order."""
         with self._catalogue.read() as rows:
             return rows.caption_ids([item_id])
+
+    def nearest_captions(
+        self, item_ids: Collection[int], query: NDArray[np.float32]
+    ) -> dict[int, CaptionRow]:
+        """The caption of each item that is nearest to a query (d,); absent if it has none.
+
+        Of a few items, rows of the catalogue cost less than the FAISS file of all captions.
+        """
+        nearest: dict[int, tuple[float, CaptionRow]] = {}
+        with self._catalogue.read() as rows:
+            texts = rows.captions(rows.caption_ids(item_ids))
+            vectors = rows.embeddings("caption", texts)
+            for caption_id in sorted(vectors):  # the first of equals, as `search` has it
+                item_id, caption = texts[caption_id]
+                score = float(vectors[caption_id].astype(np.float64) @ query)
+                if item_id not in nearest or score > nearest[item_id][0]:
+                    nearest[item_id] = (score, caption)
+        return {item_id: caption for item_id, (_, caption) in nearest.items()}
 
     def embeddings(self, kind: Kind, ids: Sequence[int]) -> NDArray[np.float32]:
         """(n, d) float32 in the order asked, as stored: rounded to float16.
@@ -426,14 +423,7 @@ class Store:
             counts = rows.counts()
             index: dict[str, KindInfo] = {}
             for kind in KINDS:
-                file = rows.index_file(kind)
-                after = file.change if file is not None else -1
-                index[kind] = {
-                    "rows": rows.vector_count(kind),
-                    "indexed": file.rows if file is not None else 0,
-                    "tail": rows.vector_count(kind, after=after),
-                    "removed": len(rows.removed(kind)),
-                }
+                index[kind] = self._kind_info(rows, kind)
             generation = rows.version()[0]
         return {
             "items": counts["items"],
@@ -450,6 +440,38 @@ class Store:
             "index": index,
             "size_bytes": self._size_bytes(),
         }
+
+    def _kind_info(self, rows: Snapshot, kind: Kind) -> KindInfo:
+        from indexes.optimizer import reason
+
+        file, built = rows.index_file(kind), rows.approximate_file(kind)
+        count = rows.vector_count(kind)
+        approximate: ApproximateInfo | None = None
+        if built is not None:
+            approximate = {
+                "kind": built.kind,
+                "rows": built.file.rows,
+                "beside": rows.vector_count(kind, after=built.file.change),
+                "memory_bytes": built.memory_bytes,
+                "build_seconds": built.build_seconds,
+                "directions": {
+                    source: [asdict(one) for one in several]
+                    for source, several in built.directions.items()
+                },
+            }
+        return {
+            "rows": count,
+            "indexed": file.rows if file is not None else 0,
+            "tail": rows.vector_count(kind, after=file.change if file is not None else -1),
+            "removed": len(rows.removed(kind)),
+            "approximate": approximate,
+            "reason": reason(count, self.model.dim, rows.policy(), built),
+        }
+
+    def policy(self) -> SearchPolicy:
+        """How searches may be answered."""
+        with self._catalogue.read() as rows:
+            return rows.policy()
 
     def _size_bytes(self) -> int:
         size_bytes = 0
@@ -489,7 +511,7 @@ class Store:
         with self.writer() as writer:
             writer.finish(anew=KINDS)
 
-    def _gallery(self, kind: Kind) -> _Gallery:
+    def _gallery(self, kind: Kind) -> Gallery:
         with self._guard:
             gallery = self._galleries[kind] = self._read_gallery(kind)
             if gallery.is_stale and not self._read_only:
@@ -502,7 +524,8 @@ class Store:
                     gallery = self._galleries[kind] = replace(gallery, is_stale=False)
             return gallery
 
-    def _read_gallery(self, kind: Kind) -> _Gallery:
+    def _read_gallery(self, kind: Kind) -> Gallery:
+        from indexes.gallery import Gallery
         from indexes.vectors import IndexFileError, VectorIndex
 
         while True:
@@ -537,7 +560,52 @@ class Store:
                             alive = np.ones(len(index), dtype=np.bool_)
                             alive[gone[0]] = False
                     is_stale = is_broken or len(tail) >= LONG_TAIL
-                    return _Gallery(version, file, index, alive, tail, is_stale)
+                    approximate = None
+                    if index is not None:
+                        approximate = self._read_approximate(rows, kind, known, index, alive)
+                    return Gallery(version, file, index, alive, tail, is_stale, approximate)
+
+    def _read_approximate(
+        self,
+        rows: Snapshot,
+        kind: Kind,
+        known: Gallery | None,
+        index: VectorIndex,
+        alive: NDArray[np.bool_] | None,
+    ) -> Approximate | None:
+        from indexes.approximate import ApproximateIndex
+        from indexes.gallery import Approximate
+        from indexes.optimizer import is_proved
+        from indexes.vectors import IndexFileError
+
+        built = rows.approximate_file(kind)
+        if built is None:
+            return None
+        if known is not None and known.approximate and known.approximate.file == built.file:
+            found = known.approximate.index
+        else:
+            try:
+                found = ApproximateIndex.load(
+                    self.path / built.file.name,
+                    dim=self.model.dim,
+                    rows=built.file.rows,
+                    stamp=built.file.stamp,
+                )
+            except IndexFileError:  # searches are exact; `optimize` makes it again
+                return None
+        newer = index.find(rows.ids_after(kind, built.file.change))[0]
+        beside, holds = None, alive
+        if newer.size:
+            beside = np.zeros(len(index), dtype=np.bool_)
+            beside[newer] = True
+            if alive is not None:
+                beside &= alive
+            holds = ~beside if alive is None else alive & ~beside
+        proved = {
+            source: [one for one in several if is_proved(one, built.policy)]
+            for source, several in built.directions.items()
+        }
+        return Approximate(built.file, found, proved, beside, holds)
 
     def _is_superseded(self, version: tuple[int, int]) -> bool:
         """Whether the catalogue has moved on, and a writer may have taken older files away."""

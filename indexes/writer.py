@@ -6,7 +6,7 @@ Made by `Store.writer`, which holds the store's lock meanwhile.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,11 +20,14 @@ from indexes.files import absolute, check_there
 from indexes.records import (
     KINDS,
     UNIT_TOLERANCE,
+    ApproximateFile,
     CaptionRow,
     IndexFile,
     ItemWrite,
     Kind,
     ModelSpec,
+    SearchPolicy,
+    Source,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
     from indexes.snapshot import Snapshot
 
 TOLERATED = 1 / 50  # of the rows of a FAISS file may have changed since it was written
-_FAISS_NAME = re.compile(r"(image|caption)-\d+-\d+\.faiss(\.tmp)?")
+_FAISS_NAME = re.compile(r"(image|caption)-\d+-\d+(-approximate)?\.faiss(\.tmp)?")
+# Of the rows of an approximate index that are no longer as they were, or of others beside it.
+OUTGROWN = 1 / 5
 
 
 class Writer:
@@ -251,6 +256,126 @@ class Writer:
             ) from error
         return IndexFile(name, generation + 1, change, len(index), stamp)
 
+    def set_policy(self, policy: SearchPolicy) -> None:
+        """How searches may be answered from now on; `optimize` then acts on it."""
+        with self._transaction() as rows:
+            rows.set_policy(policy)
+
+    def optimize(
+        self,
+        texts: Callable[[], NDArray[np.float32]] | None = None,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[Kind]:
+        """Have an approximate index of each kind of vector, where that pays by the store's policy.
+
+        One that is there is built anew when a fifth of its rows changed, or the policy did. It is
+        built of the FAISS file, so `finish` comes first.
+
+        Args:
+            texts: gives some hundred text queries, (q, d) unit rows, for a library without
+                captions; None: it is tuned by its pictures alone.
+            progress: called with (done, total) rows of each that is built.
+            stop: asked every second or so; once it says yes, what is there stays in use.
+
+        Returns:
+            The kinds of which an approximate index was built.
+
+        Raises StoreReadOnlyError (disk full, permissions): searches are exact then.
+        """
+        assert self._joined is None, "optimize is a transaction of its own"
+        done: list[Kind] = []
+        for kind in KINDS:
+            with self._catalogue.read() as rows:
+                found = rows.models()[rows.model_id]
+                flat, known = rows.index_file(kind), rows.approximate_file(kind)
+                generation, policy = rows.version()[0], rows.policy()
+                is_wanted = flat is not None and self._pays(flat.rows, found.dim, policy)
+                is_current = known is not None and self._still_fits(rows, kind, known, policy)
+                files = {one: rows.index_file(one) for one in KINDS}
+            if flat is None or not is_wanted:
+                if known is not None:
+                    self._record_approximate(kind, None)
+                continue
+            if is_current:
+                continue
+            name = f"{kind}-{self._catalogue.model_id}-{generation + 1:08d}-approximate.faiss"
+            try:
+                built = self._approximate(name, kind, files, policy, texts, progress, stop)
+            except OSError as error:
+                check_there(self._path)
+                raise StoreReadOnlyError(
+                    f"{self._path / name} could not be written ({error.strerror}); nothing is "
+                    "lost, searches stay exact, only slower"
+                ) from error
+            if built is None:
+                break
+            self._record_approximate(kind, built)
+            done.append(kind)
+        self._sweep()
+        return done
+
+    def _approximate(
+        self,
+        name: str,
+        kind: Kind,
+        files: Mapping[Kind, IndexFile | None],
+        policy: SearchPolicy,
+        texts: Callable[[], NDArray[np.float32]] | None,
+        progress: Callable[[int, int], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> ApproximateFile | None:
+        """An approximate index written beside the others, or None if it was stopped."""
+        from indexes.optimizer import build, sample
+        from indexes.vectors import VectorIndex
+
+        loaded: dict[Kind, VectorIndex] = {
+            one: VectorIndex.load(
+                self._path / file.name, dim=self._dim, rows=file.rows, stamp=file.stamp
+            )
+            for one, file in files.items()
+            if file is not None
+        }
+        queries: dict[Source, NDArray[np.float32]] = {}
+        if "caption" in loaded:
+            queries["text"] = sample(loaded["caption"])
+        elif texts is not None:
+            queries["text"] = texts()
+        if "image" in loaded:
+            queries["image"] = sample(loaded["image"])
+        flat = files[kind]
+        assert flat is not None
+        return build(
+            self._path / name,
+            loaded[kind],
+            flat,
+            queries,
+            policy,
+            progress=progress,
+            stop=stop,
+        )
+
+    def _record_approximate(self, kind: Kind, built: ApproximateFile | None) -> None:
+        with self._catalogue.write() as state:
+            state.next_generation()  # those who have the store open look again
+            state.record_approximate(self._catalogue.model_id, kind, built)
+
+    def _pays(self, rows: int, dim: int, policy: SearchPolicy) -> bool:
+        if policy.exact:
+            return False
+        from indexes.approximate import choose
+
+        return not choose(rows, dim, policy.memory_bytes).is_exact
+
+    def _still_fits(
+        self, rows: Snapshot, kind: Kind, known: ApproximateFile, policy: SearchPolicy
+    ) -> bool:
+        beside = rows.vector_count(kind, after=known.file.change)
+        gone = known.file.rows + beside - rows.vector_count(kind)
+        is_outgrown = beside + gone > OUTGROWN * known.file.rows
+        return known.policy == policy and not is_outgrown and self._is_there(known.file)
+
     def compact(self) -> None:
         """Strike what was removed out of every file and give its space back to the disk.
 
@@ -266,6 +391,9 @@ class Writer:
         changed = rows.removed(kind).size + rows.vector_count(kind, after=file.change)
         if changed > tolerated * file.rows:
             return False
+        return self._is_there(file)
+
+    def _is_there(self, file: IndexFile) -> bool:
         try:
             return (self._path / file.name).stat().st_size == file.stamp.size_bytes
         except OSError:

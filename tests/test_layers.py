@@ -18,6 +18,7 @@ LAYERS = [
     {"retriever.upkeep"},
     {"retriever.terminal"},
     {"retriever.bench", "retriever.demo", "retriever.watch"},
+    {"retriever.prepare"},
     {"retriever.library", "retriever.training", "retriever.evaluation", "retriever.export"},
     {"retriever.exchange"},
     {"retriever.clip_retrieval"},
@@ -37,7 +38,8 @@ LAYERS = [
     {"retriever", "retriever.errors", "retriever.mini"},
     {"indexes.store"},
     {"indexes.care"},
-    {"indexes.salvage", "indexes.writer"},
+    {"indexes.gallery", "indexes.salvage", "indexes.writer"},
+    {"indexes.optimizer"},
     {"indexes.approximate"},
     {"indexes.catalogue", "indexes.vectors"},
     {"indexes.snapshot"},
@@ -171,7 +173,13 @@ def test_indexes_know_neither_models_nor_retriever(module: str) -> None:
 def test_only_the_parts_of_the_store_know_vectors_and_catalogue() -> None:
     inner = {"indexes.vectors", "indexes.catalogue", "indexes.snapshot"}
     users = {name for name, imports in IMPORTS.items() if ours(imports) & inner}
-    parts = {"indexes.store", "indexes.writer", "indexes.care", "indexes.salvage"}
+    parts = {
+        f"indexes.{name}"
+        for name in (
+            *("store", "writer", "care", "salvage"),
+            *("approximate", "gallery", "optimizer"),
+        )
+    }
     # The evaluation measures recall through a bare index, without a store.
     assert users == parts | {"indexes.catalogue", "retriever.evaluation"}
     assert ours(IMPORTS["retriever.evaluation"]) & inner == {"indexes.vectors"}
@@ -263,3 +271,32 @@ print("loaded:", sorted(heavy & set(sys.modules)))
     paint(folder / "red.png", "red")
     paint(folder / "blue.png", "blue").with_suffix(".txt").write_text("all blue", encoding="utf-8")
     assert run_python(code, folder, tmp_path / "new.lib") == "loaded: []"
+
+
+# What a question from a shell need not load: a text knows no pictures, reading no SQLAlchemy.
+SPARED = {
+    "search": {"sqlalchemy", "PIL", "pandas", "numpy.ma", "csv", "socket", "retriever.captions"},
+    "caption": {"sqlalchemy", "pandas", "numpy.ma", "socket", "tokenizers"},
+    "info": {"sqlalchemy", "PIL", "onnxruntime", "tokenizers", "socket"},
+}
+
+
+def test_a_question_from_the_shell_loads_only_what_it_needs(tmp_path: Path) -> None:
+    code = """
+import sys
+from cli import main
+try:
+    main(sys.argv[2:])
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded:", sorted(set(sys.argv[1].split(",")) & set(sys.modules)))
+"""
+    folder, library = tmp_path / "pictures", tmp_path / "new.lib"
+    red = paint(folder / "red.png", "red")
+    paint(folder / "blue.png", "blue").with_suffix(".txt").write_text("all blue", encoding="utf-8")
+    run_python(code, "", "index", folder, "--library", library)
+    asked = {"search": ["a red picture"], "caption": [red], "info": []}
+    for command, arguments in asked.items():
+        spared = ",".join(sorted(SPARED[command] | TORCH | {"transformers"}))
+        found = run_python(code, spared, command, *arguments, "--library", library)
+        assert found == "loaded: []", command
