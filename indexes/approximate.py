@@ -82,9 +82,10 @@ def choose(rows: int, dim: int, memory_bytes: int | None = None) -> Choice:
         rows, dim: of the vectors.
         memory_bytes: what the index may take; None: what suits its size.
     """
-    scan = f"{rows:,} vectors of {dim} are {2 * rows * dim / 1e6:,.0f} MB to scan"
+    scan = f"to scan {rows:,} vectors of {dim} is to read {2 * rows * dim / 1e6:,.1f} MB"
     if 2 * rows * dim < EXACT_BYTES or rows < LEAST_ROWS:
-        return Choice(0, 0, 0, f"{scan}: exact search takes some milliseconds")
+        limit = EXACT_BYTES / 1e6
+        return Choice(0, 0, 0, f"{scan}; below {limit:,.0f} exact search takes milliseconds")
     try:
         plan = _plan(rows, dim, memory_bytes)
     except ValueError as error:

@@ -260,9 +260,9 @@ def test_a_build_can_be_stopped_at_each_of_its_steps() -> None:
 @pytest.mark.parametrize(
     ("rows", "dim", "memory", "is_exact", "why"),
     [
-        (5_000, 512, None, True, "exact search takes some milliseconds"),
-        (100_000, 512, None, True, "102 MB to scan"),
-        (1_000_000, 512, None, False, "1,024 MB to scan: an inverted file of 2,048 lists"),
+        (5_000, 512, None, True, "exact search takes milliseconds"),
+        (100_000, 512, None, True, "is to read 102.4 MB"),
+        (1_000_000, 512, None, False, "is to read 1,024.0 MB: an inverted file of 2,048 lists"),
         (1_000_000, 512, 2_000_000_000, False, "2,048 lists looks at few"),
         (1_000_000, 512, 40_000_000, False, "2,048 lists of at most 112 axes"),
         (1_000_000, 512, 10_000_000, True, "takes 12.3 MB, more than the 10.0 MB allowed"),

@@ -13,7 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_store import DIM, MODEL, answers, faiss_file, fill, folder, item, random_rows, store, unit
+from test_store import (
+    DIM,
+    MODEL,
+    answers,
+    faiss_file,
+    fill,
+    folder,
+    item,
+    random_rows,
+    sizes,
+    store,
+    unit,
+)
 
 from indexes import care
 from indexes import catalogue as tables
@@ -308,7 +320,7 @@ def test_compaction_strikes_out_what_was_removed_and_gives_space_back(store):
     before, after = store.compact()
     assert after < before / 2
     assert answers(store) == expected
-    assert store.info()["index"]["image"] == {"rows": 20, "indexed": 20, "tail": 0, "removed": 0}
+    assert sizes(store.info()["index"]["image"]) == [20, 20, 0, 0]
     assert store.verify() == []
 
 
@@ -384,7 +396,7 @@ def test_a_few_changes_are_searched_beside_the_file_and_compaction_takes_them_in
     assert 5 not in store.search("image", random_rows(1, 3), 300)[0].ids
     expected = answers(store)
     store.compact()
-    assert store.info()["index"]["image"] == {"rows": 200, "indexed": 200, "tail": 0, "removed": 0}
+    assert sizes(store.info()["index"]["image"]) == [200, 200, 0, 0]
     assert answers(store) == expected
 
 

@@ -34,6 +34,7 @@ from indexes.errors import (
     StoreReadOnlyError,
     WrongModelError,
 )
+from indexes.records import KindInfo
 from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store
 
 DIM = 4
@@ -53,6 +54,11 @@ def folder() -> Iterator[Path]:
 def store(folder: Path) -> Iterator[Store]:
     with Store.create(folder / "photos.lib", MODEL) as made:
         yield made
+
+
+def sizes(info: KindInfo) -> list[int]:
+    """Rows of a kind: all, in the file, beside it, struck out."""
+    return [info["rows"], info["indexed"], info["tail"], info["removed"]]
 
 
 def unit(*parts: float) -> np.ndarray:
@@ -646,19 +652,9 @@ def test_many_rows_left_beside_the_file_are_written_into_it_when_opened(store, m
     expected = answers(store)
     monkeypatch.setattr(store_module, "LONG_TAIL", 30)
     with Store.open(store.path) as again:
-        assert again.info()["index"]["image"] == {
-            "rows": 30,
-            "indexed": 0,
-            "tail": 30,
-            "removed": 0,
-        }
+        assert sizes(again.info()["index"]["image"]) == [30, 0, 30, 0]
         assert answers(again) == expected
-        assert again.info()["index"]["image"] == {
-            "rows": 30,
-            "indexed": 30,
-            "tail": 0,
-            "removed": 0,
-        }
+        assert sizes(again.info()["index"]["image"]) == [30, 30, 0, 0]
 
 
 def test_finish_without_changes_writes_nothing(store):
@@ -852,8 +848,8 @@ def test_info_counts_what_is_there(store):
     assert (info["items"], info["captions"], info["failures"]) == (4, 6, 0)
     assert info["model"] == {"name": "toy", "dim": DIM, "fingerprint": "toy-fingerprint"}
     assert info["generation"] == store.generation == 1
-    assert info["index"]["image"] == {"rows": 4, "indexed": 5, "tail": 1, "removed": 2}
-    assert info["index"]["caption"] == {"rows": 6, "indexed": 10, "tail": 0, "removed": 4}
+    assert sizes(info["index"]["image"]) == [4, 5, 1, 2]
+    assert sizes(info["index"]["caption"]) == [6, 10, 0, 4]
     assert info["size_bytes"] > 10_000
 
 
