@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import weakref
 from collections.abc import Iterator
@@ -41,6 +40,8 @@ class WriterLock:
             raise StoreLockedError(
                 f"{path.parent} is being written by {holder}; try again when it is done"
             ) from error
+        import socket  # only who writes needs it
+
         note = {
             "pid": os.getpid(),
             "host": socket.gethostname(),

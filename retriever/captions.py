@@ -29,7 +29,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from retriever.errors import CaptionError
+from retriever.errors import CaptionError, printable
 
 FILE_COLUMNS = ("file", "image", "filename", "file_name", "image_name", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "comment")
@@ -54,7 +54,6 @@ _SHOWN_CHARS = 80  # of a text from the file, in a sentence about it
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_UNPAIRED = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 _TOKEN_LINE = re.compile(r"(?P<name>.+)#\d+\t(?P<text>.*)")
 _BOX_LINE = re.compile(r"\d+(\s+-?\d*\.\d+){4,}\s*")
 _COCO_SPLIT = re.compile(r"captions_(train|val|test)\d{4}")
@@ -75,15 +74,6 @@ class CaptionRecord:
     texts: tuple[str, ...]
     split: str | None
     whole: bool
-
-
-def printable(path: str | os.PathLike[str]) -> str:
-    r"""The path as text that can be encoded; bytes that are no UTF-8 show as `\xff`.
-
-    A name need not come from the disk: JSON can spell surrogates that no file's name has.
-    """
-    name = _UNPAIRED.sub("\ufffd", os.fspath(path))
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def clean_caption(text: str) -> str:

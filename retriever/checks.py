@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.errors import WrongModelError
-from retriever.captions import printable
 from retriever.data import read_image
-from retriever.errors import EncoderError, MissingExtraError, PictureError
+from retriever.errors import EncoderError, MissingExtraError, PictureError, printable
 
 if TYPE_CHECKING:
     from PIL import Image

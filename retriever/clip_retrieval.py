@@ -31,7 +31,7 @@ import numpy as np
 
 from indexes.errors import WrongModelError
 from indexes.records import CaptionRow, KnownFile
-from retriever.captions import clean_caption, printable, read_sidecar
+from retriever.captions import clean_caption, read_sidecar
 from retriever.data import IMAGE_SUFFIXES
 from retriever.errors import (
     CaptionError,
@@ -39,6 +39,7 @@ from retriever.errors import (
     PictureError,
     RetrieverError,
     UsageError,
+    printable,
 )
 from retriever.ingest import GIVEN, Failure, content_hash
 from retriever.portable import BATCH_SIZE, Record, Rows, lengths_of, named, open_rows, unit_rows

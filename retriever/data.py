@@ -23,13 +23,12 @@ from retriever.captions import (
     SIDECAR_SUFFIXES,
     CaptionRecord,
     find_caption_files,
-    printable,
     read_caption_file,
     read_sidecar,
 )
 from retriever.decoding import HAS_HEIF, MAX_PIXELS, date_taken, opened, upright_rgb
 from retriever.descriptions import embedded_descriptions
-from retriever.errors import CaptionError, PictureError, UsageError
+from retriever.errors import CaptionError, PictureError, UsageError, printable
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

@@ -27,8 +27,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from retriever.captions import printable
-from retriever.errors import MissingExtraError, PictureError
+from retriever.errors import MissingExtraError, PictureError, printable
 
 # Only these decoders see a file, whatever it is called: Pillow has many more, for formats that no
 # folder of photographs needs and that run other programs or have a history of faults.

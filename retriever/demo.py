@@ -18,8 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
-from retriever.captions import printable
-from retriever.errors import MissingExtraError, RetrieverError, UsageError
+from retriever.errors import MissingExtraError, RetrieverError, UsageError, printable
 
 if TYPE_CHECKING:
     from retriever.library import Library

@@ -8,8 +8,14 @@ RetrieverError
 ├── MissingExtraError a command needs an optional part of the installation
 └── UsageError        arguments that contradict each other or name nothing (exit status 2)
 
-The store has a tree of its own, `indexes.errors.StoreError`.
+The store has a tree of its own, `indexes.errors.StoreError`. What a text says of a path is
+`printable`.
 """
+
+import os
+import re
+
+_UNPAIRED = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 
 
 class RetrieverError(Exception):
@@ -41,3 +47,12 @@ class MissingExtraError(RetrieverError):
 
 class UsageError(RetrieverError):
     """The arguments contradict each other or name nothing that exists."""
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    r"""The path as text that can be encoded; bytes that are no UTF-8 show as `\xff`.
+
+    A name need not come from the disk: JSON can spell surrogates that no file's name has.
+    """
+    name = _UNPAIRED.sub("\ufffd", os.fspath(path))
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

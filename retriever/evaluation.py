@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retriever import metrics
-from retriever.captions import find_caption_files, printable, read_caption_file
+from retriever.captions import find_caption_files, read_caption_file
 from retriever.data import CaptionReport, Pair, read_image, read_pairs
 from retriever.encoders import Encoder, checked_embeddings
-from retriever.errors import CaptionError, PictureError, UsageError
+from retriever.errors import CaptionError, PictureError, UsageError, printable
 from retriever.machine import environment, percentiles
 from retriever.preprocessing import Preprocessing
 

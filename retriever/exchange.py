@@ -19,9 +19,8 @@ import numpy as np
 
 from indexes.files import absolute, sync
 from indexes.records import ItemWrite, KnownFile, Status
-from retriever.captions import printable
 from retriever.clip_retrieval import CHECKED, ClipLayout, ClipReader, check_sample
-from retriever.errors import RetrieverError, UsageError
+from retriever.errors import RetrieverError, UsageError, printable
 from retriever.ingest import Failure
 from retriever.portable import (
     BATCH_SIZE,

@@ -42,8 +42,7 @@ from numpy.typing import NDArray
 
 from indexes.errors import WrongModelError
 from indexes.records import STORED_TOLERANCE, UNIT_TOLERANCE, CaptionRow, Kind, Status
-from retriever.captions import printable
-from retriever.errors import RetrieverError, UsageError
+from retriever.errors import RetrieverError, UsageError, printable
 
 if TYPE_CHECKING:
     from indexes.store import Snapshot, Store

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from indexes.errors import StoreDamagedError
 from retriever.errors import UsageError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from indexes.store import Store
     from retriever.encoders import Encoder
 
@@ -125,18 +126,14 @@ class Searcher:
             gone = set(match.ids.tolist()) - {item.item_id for item in items}
             absent = _not_again(absent, gone)
         scores = dict(zip(match.ids.tolist(), match.scores.tolist(), strict=True))
-        captions = self._best_captions(match.ids.tolist(), row)
-        return [
-            Hit(
-                rank,
-                scores[item.item_id],
-                item.path,
-                # Captions that another process replaces meanwhile were compared with no query.
-                captions.get(item.item_id, item.captions[0].text if item.captions else None),
-                item.item_id,
-            )
-            for rank, item in enumerate(items, start=1)
-        ]
+        captions = self._store.nearest_captions(match.ids.tolist(), row[0])
+        hits = []
+        for rank, item in enumerate(items, start=1):
+            # Captions that another process replaces meanwhile were compared with no query.
+            caption = captions.get(item.item_id, item.captions[0] if item.captions else None)
+            text = caption.text if caption else None
+            hits.append(Hit(rank, scores[item.item_id], item.path, text, item.item_id))
+        return hits
 
     def captions(self, query: Query, k: int = 10) -> list[CaptionHit]:
         """The k best captions, each text once, fewer only if the library has fewer texts.
@@ -179,17 +176,6 @@ class Searcher:
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
         return self.embed(query)[None]
-
-    def _best_captions(self, item_ids: list[int], row: Rows) -> dict[int, str]:
-        """The caption nearest to the query, by item; items without captions are absent."""
-        ids = [one for item_id in item_ids for one in self._store.caption_ids(item_id)]
-        if not ids:
-            return {}
-        (match,) = self._store.search("caption", row, len(ids), among=ids)
-        nearest: dict[int, str] = {}
-        for item_id, caption in self._store.captions(match.ids.tolist()):
-            nearest.setdefault(item_id, caption.text)
-        return nearest
 
 
 def _not_again(absent: set[int], gone: set[int]) -> set[int]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from indexes.errors import StoreError, StoreNotFoundError
-from retriever.errors import RetrieverError, UsageError
+from retriever.errors import RetrieverError, UsageError, printable
 from retriever.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -152,8 +152,6 @@ def warn(sentence: str) -> None:
 
 def shown(path: str | Path) -> str:
     """A path for people: bytes that are no text become question marks."""
-    from retriever.captions import printable
-
     return printable(path)
 
 

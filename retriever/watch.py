@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from indexes.errors import StoreError, StoreLockedError
-from retriever.captions import may_be_captions, printable
+from retriever.captions import may_be_captions
 from retriever.data import IMAGE_SUFFIXES, is_skipped
-from retriever.errors import MissingExtraError, RetrieverError, UsageError
+from retriever.errors import MissingExtraError, RetrieverError, UsageError, printable
 
 if TYPE_CHECKING:
     from retriever.ingest import Failure, IndexReport

@@ -17,11 +17,10 @@ from retriever.captions import (
     MAX_PROBLEMS,
     clean_caption,
     find_caption_files,
-    printable,
     read_caption_file,
     read_sidecar,
 )
-from retriever.errors import CaptionError
+from retriever.errors import CaptionError, printable
 from retriever.library import Library
 
 one_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

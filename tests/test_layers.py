@@ -71,7 +71,7 @@ TORCH_HOMES = {
 HOMES = {
     "faiss": {"indexes.approximate", "indexes.vectors"},
     "sqlalchemy": {"indexes.catalogue"},
-    "onnxruntime": {"retriever.encoders", "retriever.engines"},
+    "onnxruntime": {"retriever.encoders", "retriever.export", "retriever.engines"},
     "openvino": {"retriever.engines"},
     "open_clip": {"retriever.openclip"},
     "pyarrow": {"retriever.clip_retrieval"},
