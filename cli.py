@@ -650,8 +650,9 @@ def _models_table(models: list["ModelInfo"]) -> str:
     head = f"  {'':<{width}}{'kind':<11}{'dim':>5}{'MB':>8}  {'on disk':<8}"
     lines = [head + "".join(f"{data:>14}" for data in sets).rstrip()]
     for model in models:
+        on_disk = "prepared" if model.prepared else "yes" if model.on_disk else "no"
         row = f"{'*' if model.default else ' '} {model.name:<{width}}{model.kind:<11}"
-        row += f"{model.dim:>5}{model.size_mb:>8,.0f}  {'yes' if model.on_disk else 'no':<8}"
+        row += f"{model.dim:>5}{model.size_mb:>8,.0f}  {on_disk:<8}"
         for data in sets:
             recall = model.recall.get(data, {})
             both = [recall.get(name) for name in ("t2i_r@1", "i2t_r@1")]
@@ -663,41 +664,65 @@ def _models_table(models: list["ModelInfo"]) -> str:
         "* is the default. Recall is R@1 in percent, text to image / image to text, on the test",
         "splits of these sets; --json names who measured it. Models of open_clip are downloaded",
         "when first used and need the extra [models]; other names that open_clip knows work too.",
+        "Prepared ones (`retriever models prepare NAME`) start at once and need no torch.",
     ]
     return "\n".join(lines)
 
 
 @models.command()
-@click.argument("checkpoint", type=FOLDER)
+@click.argument("name")
 @click.option(
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The folder for the two ONNX files; replaced if it is there.",
+    help="The folder for the ONNX files; a checkpoint needs one.",
+    show_default="for a model of open_clip, where its name finds it",
 )
-@click.option("--float16", is_flag=True, help="Weights of 16 bits: twice as large as of 8.")
+@click.option(
+    "--float16",
+    is_flag=True,
+    help="Weights of 16 bits: twice the size of a checkpoint's 8, half that of open_clip's 32.",
+)
+@click.option(
+    "--check", type=FOLDER, help="Compare recall on these captioned pictures with torch's as well."
+)
 @json_option
-def prepare(checkpoint: Path, output: Path, float16: bool, as_json: bool) -> None:
-    """Export CHECKPOINT to two ONNX files, checked against it, that run without torch.
+def prepare(
+    name: str, output: Path | None, float16: bool, check: Path | None, as_json: bool
+) -> None:
+    """Export a model to ONNX files that run without torch, checked against it.
+
+    NAME is a model of open_clip (ARCH/TAG, ARCH/FILE or a folder), which is then used by the same
+    name, or a checkpoint of ours.
 
     \b
     Examples:
+      retriever models prepare ViT-B-32/laion2b_s34b_b79k
+      retriever models prepare ViT-B-32/weights.safetensors --check photos/captioned
       retriever models prepare my.ckpt -o my-model
-      retriever models prepare my.ckpt -o my-model --float16
     """
-    from retriever.export import export_onnx
+    from retriever import prepare as preparing
 
-    report = export_onnx(checkpoint, output, int8=not float16)
+    checking = preparing.recall_check(check) if check else None
+    if preparing.is_checkpoint(name):
+        from retriever.export import export_onnx
+
+        if output is None:
+            raise click.UsageError("Say where to with -o: a checkpoint is not found by its name.")
+        report = export_onnx(Path(name).expanduser(), output, int8=not float16, check=checking)
+        used = shown(output)
+    else:
+        report = preparing.prepare(name, output, float16=float16, check=checking)
+        used = name if output is None else shown(output)
     if as_json:
-        print_json(asdict(report) | {"folder": str(output)})
+        print_json(asdict(report) | {"folder": str(report.folder)})
         return
     error = max(report.image_cosine_error, report.text_cosine_error)
     click.echo(
-        f"{shown(output)}: {report.size_bytes / 1e6:.1f} MB (pictures"
+        f"{shown(report.folder)}: {report.size_bytes / 1e6:.1f} MB (pictures"
         f" {report.image_bytes / 1e6:.1f}, texts {report.text_bytes / 1e6:.1f}, tokenizer"
-        f" {report.tokenizer_bytes / 1e6:.1f}), cosine to the checkpoint at least {1 - error:.4f};"
-        f" to use it: --model {shown(output)}"
+        f" {report.tokenizer_bytes / 1e6:.1f}), cosine to torch at least {1 - error:.4f};"
+        f" to use it: --model {used}"
     )
 
 

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from retriever.encoders import CheckpointEncoder, OnnxEncoder, digest, first_line
+from retriever.encoders import CheckpointEncoder, Encoder, OnnxEncoder, digest, first_line
 from retriever.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -65,7 +65,13 @@ class ExportReport:
         return self.image_bytes + self.text_bytes + self.tokenizer_bytes
 
 
-def export_onnx(checkpoint: Path, folder: Path, *, int8: bool = True) -> ExportReport:
+def export_onnx(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    int8: bool = True,
+    check: Callable[[Encoder, Encoder], None] | None = None,
+) -> ExportReport:
     """Write `image.onnx`, `text.onnx`, `tokenizer.json` and `config.json` for `OnnxEncoder`.
 
     The weights of the text tower are in `text.weights`: see `lay_apart`.
@@ -75,6 +81,7 @@ def export_onnx(checkpoint: Path, folder: Path, *, int8: bool = True) -> ExportR
         folder: made if absent; an older model in it is replaced once the new one is checked, and
             other files stay.
         int8: store matrices and token vectors as int8; else as float16, twice as large.
+        check: called with the checkpoint and what was exported; what it raises stops all.
 
     Returns:
         Sizes, and the error against torch on random pictures and texts.
@@ -95,6 +102,8 @@ def export_onnx(checkpoint: Path, folder: Path, *, int8: bool = True) -> ExportR
     try:
         _write(reference, temporary, folder.name, int8=int8)
         report = _checked(reference, temporary, folder)
+        if check is not None:
+            check(reference, OnnxEncoder(temporary, device="cpu"))
         folder.mkdir(exist_ok=True)
         # The description comes last: cut off before, what lies there does not match its digests
         # and is refused rather than mixed.
@@ -142,8 +151,8 @@ def _write(encoder: CheckpointEncoder, folder: Path, name: str, *, int8: bool) -
         ),
     )
     for file, tower, inputs, axes in towers:
-        _export_tower(tower.eval(), inputs, axes, folder / file)
-        _compact(folder / file, int8=int8)
+        export_tower(tower.eval(), inputs, axes, folder / file)
+        compact(folder / file, int8=int8)
     # One text is asked from a shell far more often than one picture.
     lay_apart(folder / "text.onnx")
     tokenizer = Tokenizer.from_file(str(encoder.folder / "tokenizer.json"))
@@ -165,7 +174,18 @@ def _write(encoder: CheckpointEncoder, folder: Path, name: str, *, int8: bool) -
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _export_tower(tower: Any, inputs: Mapping[str, Any], axes: dict[int, str], path: Path) -> None:
+def export_tower(tower: Any, inputs: Mapping[str, Any], axes: dict[int, str], path: Path) -> None:
+    """Write a torch module as ONNX, with one output, `embeddings`.
+
+    Args:
+        tower: in eval mode.
+        inputs: an example of each, by name.
+        axes: names of the axes of every input that may have another length than in the example.
+        path: of the file.
+
+    Raises:
+        EncoderError: the exporter does not know how.
+    """
     import torch
 
     names = list(inputs)
@@ -189,19 +209,20 @@ def _export_tower(tower: Any, inputs: Mapping[str, Any], axes: dict[int, str], p
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings: that it is the old one, and that shapes become constants."""
+    """Without the exporter's warnings: that it is the old one, and what becomes a constant."""
     from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", TracerWarning)
+        warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 # ── smaller weights ────────────────────────────────────────────────────────────────────────────
 
 
-def _compact(path: Path, *, int8: bool) -> None:
+def compact(path: Path, *, int8: bool) -> None:
     """Store the large float32 tensors of an ONNX file smaller, and widen them in the graph.
 
     Where ONNX Runtime folds the widening as it loads the file, a run costs what it did before; only
@@ -259,7 +280,8 @@ def _quantised_matrix(name: str, values: NDArray[np.float32], is_outputs_first: 
     group = GROUP if inputs % GROUP == 0 else inputs
     whole, scales = _to_int8(matrix.reshape(outputs, inputs // group, group))
     if not is_outputs_first:  # stored as they are multiplied: nothing is transposed at each start
-        whole, scales = (np.ascontiguousarray(part.transpose(1, 2, 0)) for part in (whole, scales))
+        whole = np.ascontiguousarray(whole.transpose(1, 2, 0))
+        scales = np.ascontiguousarray(scales.transpose(1, 2, 0))
     tensors = [
         numpy_helper.from_array(whole, f"{name}.int8"),
         numpy_helper.from_array(scales, f"{name}.scales"),
@@ -382,8 +404,8 @@ def _checked(reference: CheckpointEncoder, written: Path, folder: Path) -> Expor
     exported = OnnxEncoder(written, device="cpu")
     images, texts = _sample(reference)
     errors = {
-        "image": _cosine_error(reference.encode_images(images), exported.encode_images(images)),
-        "text": _cosine_error(reference.encode_texts(texts), exported.encode_texts(texts)),
+        "image": cosine_error(reference.encode_images(images), exported.encode_images(images)),
+        "text": cosine_error(reference.encode_texts(texts), exported.encode_texts(texts)),
     }
     for tower, error in errors.items():
         if not error <= MAX_COSINE_ERROR:
@@ -405,13 +427,20 @@ def _checked(reference: CheckpointEncoder, written: Path, folder: Path) -> Expor
 def _sample(encoder: CheckpointEncoder) -> tuple[list[Image.Image], list[str]]:
     """Pictures of random coloured patches, and texts of 1 to 40 random words of the vocabulary."""
     rng = np.random.default_rng(0)
+    words = np.array(sorted(encoder.loaded[1].get_vocab()))
+    return patches(), [" ".join(rng.choice(words, count)) for count in range(1, 41)]
+
+
+def patches() -> list[Image.Image]:
+    """Twelve pictures of random coloured patches, the same at each call."""
+    rng = np.random.default_rng(0)
     images = []
     for cells in np.tile([2, 3, 5, 8], 3):
-        patches = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-        images.append(patches.resize((160, 120), Image.Resampling.BICUBIC))
-    words = np.array(sorted(encoder.loaded[1].get_vocab()))
-    return images, [" ".join(rng.choice(words, count)) for count in range(1, 41)]
+        made = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+        images.append(made.resize((160, 120), Image.Resampling.BICUBIC))
+    return images
 
 
-def _cosine_error(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+def cosine_error(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    """The largest 1 - cosine between a row of one and the same row of the other."""
     return float(1 - (ours * theirs).sum(axis=1).min())

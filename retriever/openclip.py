@@ -118,6 +118,7 @@ class OpenClipEncoder:
         self.dim: int = self._described["embed_dim"]
         self.max_text_tokens: int = self.tokenizer.context_length
         self.image_size: int = int(np.max(model.visual.image_size))
+        self.text_settings: Mapping[str, Any] = self._described["text_cfg"]
         # Size, mean, std, interpolation, resize_mode and fill_color, in open_clip's own words.
         self.config: dict[str, Any] = {"image": dict(model.visual.preprocess_cfg)}
         self.preprocessing = self._preprocessing()

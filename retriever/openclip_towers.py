@@ -108,8 +108,8 @@ class PlainTextTower(TextTower):
         mask = None if self.mask is None else self.mask[:t, :t]
         states = self.transformer(states, attn_mask=mask)
         if self.pool in ("argmax", "eos"):
-            rows = torch.arange(states.shape[0], device=states.device)
-            pooled = states[rows, self._places(input_ids)]
+            places = self._places(input_ids)[:, None, None].expand(-1, 1, states.shape[2])
+            pooled = states.gather(1, places)[:, 0]
         else:
             pooled = states[:, 0 if self.pool == "first" else -1]
         pooled = self.norm(pooled)  # works on each token alone, so one is enough
@@ -118,6 +118,21 @@ class PlainTextTower(TextTower):
         elif self.projection is not None:
             pooled = pooled @ self.projection
         return _unit_rows(pooled)
+
+
+class WithoutToken(nn.Module):
+    """A text tower that reads 0 in place of a token that its tokenizer adds (`strip_sep_token`)."""
+
+    def __init__(self, tower: nn.Module, token: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.token = token
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(b, t) int64 → (b, d)."""
+        kept = torch.where(input_ids == self.token, torch.zeros_like(input_ids), input_ids)
+        rows: Tensor = self.tower(kept)
+        return rows
 
 
 def text_tower(model: Any) -> TextTower:
@@ -160,6 +175,7 @@ class PlainAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads = attention.num_heads
+        self.scale = attention.head_dim**-0.5
         self.is_batch_first = attention.batch_first
         joint: Tensor | None = attention.in_proj_weight
         if joint is not None:
@@ -187,7 +203,7 @@ class PlainAttention(nn.Module):
             project(part).reshape(*part.shape[:2], self.heads, -1).transpose(1, 2)
             for project, part in zip(self.inputs, parts, strict=True)
         )
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+        scores = (query * self.scale) @ key.transpose(2, 3)
         if attn_mask is not None:
             if attn_mask.dim() == 3:  # (b × heads, t, t)
                 attn_mask = attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:])

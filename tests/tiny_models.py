@@ -83,23 +83,29 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_open_clip(
-    folder: Path, *, preprocessing: dict[str, Any] | None = None, hf_tokenizer: bool = False
+    folder: Path,
+    *,
+    preprocessing: dict[str, Any] | None = None,
+    hf_tokenizer: bool = False,
+    architecture: dict[str, Any] | None = None,
 ) -> Path:
     """A folder as open_clip saves a model: config, weights, and tokenizer where it needs one."""
     import torch
-    from open_clip import CLIP, CustomTextCLIP
+    from open_clip import CLIP, CoCa, CustomTextCLIP
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    architecture = open_clip_architecture(hf_tokenizer=hf_tokenizer)
+    architecture = architecture or open_clip_architecture(hf_tokenizer=hf_tokenizer)
     config: dict[str, Any] = {"model_cfg": architecture}
     if preprocessing is not None:
         config["preprocess_cfg"] = preprocessing
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    kind = CustomTextCLIP if hf_tokenizer else CLIP
+    kind = CustomTextCLIP if architecture.get("custom_text") else CLIP
+    if "multimodal_cfg" in architecture:
+        kind = CoCa
     parts = {key: value for key, value in architecture.items() if key != "custom_text"}
-    weights = {key: value.contiguous() for key, value in kind(**parts).state_dict().items()}
+    weights = {key: value.clone() for key, value in kind(**parts).state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
     if hf_tokenizer:
         write_tokenizer(folder)
