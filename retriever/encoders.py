@@ -335,12 +335,12 @@ class OnnxEncoder:
                 self._check(weights)
             feed = first(CPU_BATCH[tower])
             rows = self._checked_run(path, partial(_first_output, self._query_session(tower)), feed)
+            # Its weights need not be in memory twice. A query brings it back.
+            self.__dict__.pop(f"_{tower}_session", None)
             try:
                 self._lanes[tower] = Lanes(path, feed, rows, self._threads)
             except Exception as exc:  # see _session
                 raise EncoderError(f"{path} cannot be run: {first_line(exc)}") from exc
-            # Its weights need not be in memory twice. A query brings it back.
-            self.__dict__.pop(f"_{tower}_session", None)
             return self._lanes[tower]
 
     def _checked_run(self, path: Path, run: Callable[[Feed], Array], feed: Feed) -> Array:

@@ -12,8 +12,9 @@ next one goes on from there.
 
 Memory is bounded, whatever the pictures' size. `WINDOW` batches of finished pictures wait at most,
 size × size × 3 bytes each: 19 MB for 128 of 224 × 224. (An encoder that does not tell how pictures
-are finished gets them with up to four times its side, 300 MB.) Each decoding process takes 60 MB
-and what its picture needs, which for a JPEG of any size is little more.
+are finished gets them with up to four times its side, 300 MB.) Each decoding process takes 30 MB
+and what its picture needs: of a JPEG of 12 megapixels a few MB more, because it is decoded smaller,
+of other formats up to 8 bytes a pixel (a PNG of 100 megapixels took 790 MB).
 
 A file that is no longer listed was removed only if nothing says that it may be out of sight: an
 empty root, a link to nothing, a folder that cannot be read, an empty folder that held a thousand.

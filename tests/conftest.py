@@ -79,6 +79,12 @@ def _unit_rows(colours: Sequence[np.ndarray]) -> np.ndarray:
     return rows
 
 
+@pytest.fixture(autouse=True)
+def _one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings are the same to the last digits, whichever engines are installed."""
+    monkeypatch.setenv("RETRIEVER_ENGINE", "onnxruntime")
+
+
 @pytest.fixture
 def toy_encoder() -> ToyEncoder:
     return ToyEncoder()

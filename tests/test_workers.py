@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import retriever.workers
 from retriever.data import Decoded, read_image
+from retriever.encoders import open_picture
 from retriever.errors import PictureError, RetrieverError
+from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 from retriever.workers import DecodeWorkers, _received
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +111,53 @@ def test_a_picture_is_the_same_pixel_for_pixel_with_date_and_descriptions(
     read = workers.read(tmp_path / "a.jpg", target=target)
     assert (read.width, read.height, str(read.taken)) == (300, 410, "2024-02-29 23:59:58")
     assert [one.text for one in read.descriptions] == ["a café by the sea 🙂"]
+
+
+@pytest.mark.parametrize("resize", RESIZE_MODES)
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_a_finished_picture_is_what_an_encoder_would_make_of_the_file(
+    workers: DecodeWorkers, tmp_path: Path, resize: str, interpolation: str
+) -> None:
+    preprocessing = Preprocessing(32, resize, interpolation, fill=9)
+    rng = np.random.default_rng(0)
+    for number, shape in enumerate([(300, 410), (31, 900), (7, 5), (32, 32), (65, 64), (1, 1)]):
+        for kind in ("jpg", "png"):
+            path = tmp_path / f"{number}.{kind}"
+            Image.fromarray(rng.integers(0, 256, (*shape, 3), np.uint8)).save(path)
+            plain = np.asarray(preprocessing.prepared(open_picture(path, target=32)))
+            read = workers.read(path, preprocessing=preprocessing)
+            assert np.array_equal(np.asarray(read.image), plain)
+            assert (read.height, read.width) == shape
+            # The encoder that is given it changes nothing.
+            assert np.array_equal(np.asarray(preprocessing.prepared(read.image)), plain)
+
+
+def test_a_picture_is_finished_here_as_well_where_no_process_starts(
+    workers: DecodeWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = paint(tmp_path / "a.png", "red", side=90)
+    preprocessing = Preprocessing(16, "shortest", "bicubic")
+    expected = workers.read(path, preprocessing=preprocessing)
+    monkeypatch.setattr(sys, "executable", "")
+    with DecodeWorkers(1) as none:
+        assert_same(expected, none.read(path, preprocessing=preprocessing))
+        assert pids(none) == []
+
+
+def test_only_finished_pixels_cross_the_pipe(
+    workers: DecodeWorkers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[int] = []
+    exactly = retriever.workers._exactly
+
+    def counting(pipe: Any, length: int) -> bytes:
+        passed.append(length)
+        return exactly(pipe, length)
+
+    monkeypatch.setattr(retriever.workers, "_exactly", counting)
+    path = paint(tmp_path / "a.jpg", "red", side=2000)
+    workers.read(path, preprocessing=Preprocessing(224, "squash", "bicubic"))
+    assert sum(passed) < 224 * 224 * 3 + 1000
 
 
 def test_a_single_pixel_and_a_large_picture_pass(workers: DecodeWorkers, tmp_path: Path) -> None:
