@@ -271,10 +271,12 @@ def main(folder: Path | None, cache: Path, out: Path | None, **options: Any) -> 
     def say(sentence: str) -> None:
         click.echo(f"{sentence}, {time.perf_counter() - started:.0f} s", err=True)
 
-    rclip, versions, left_out = None, {}, ""
+    rclip: Rclip | None = None
+    versions: dict[str, str] = {}
+    left_out = ""
     if settings.peers:
         try:
-            rclip, versions = ready("rclip", cache, say)
+            rclip, versions = ready(Rclip(cache.resolve()), say)
         except PeerError as exc:
             left_out = str(exc)
             say(f"left out: {exc}")

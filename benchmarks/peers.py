@@ -24,6 +24,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import click
 import numpy as np
@@ -78,7 +79,7 @@ class Rclip:
 
     def prepare(self) -> None:
         """Writes the two towers where rclip looks for them before it asks its hub."""
-        import open_clip
+        import open_clip  # type: ignore[import-untyped]
 
         towers, vocabulary = self._home / RCLIP_FOLDER, self._home / "tokenizer" / RCLIP_VOCABULARY
         if not vocabulary.is_file():
@@ -171,6 +172,7 @@ class ClipRetrieval:
 
 
 Peer = Rclip | ClipRetrieval
+P = TypeVar("P", Rclip, ClipRetrieval)
 PEERS: dict[str, Callable[[Path], Peer]] = {"rclip": Rclip, "clip-retrieval": ClipRetrieval}
 
 
@@ -181,18 +183,17 @@ def default_cache() -> Path:
     return platformdirs.user_cache_path("retriever", appauthor=False) / "benchmarks"
 
 
-def ready(name: str, cache: Path, say: Callable[[str], None]) -> tuple[Peer, dict[str, str]]:
-    """A peer that can be run, and the versions of what it runs on; installed if need be.
+def ready(peer: P, say: Callable[[str], None]) -> tuple[P, dict[str, str]]:
+    """The peer, installed and with its towers, and the versions of what it runs on.
 
     Raises:
         PeerError: it cannot be installed, or its towers cannot be made.
     """
-    peer = PEERS[name](cache.resolve())
-    versions = install(peer.name, peer.requirements, peer.packages, cache.resolve(), say)
+    versions = install(peer.name, peer.requirements, peer.packages, peer.cache, say)
     try:
         peer.prepare()
     except (OSError, ImportError) as exc:
-        raise PeerError(f"{name}: {exc}") from exc
+        raise PeerError(f"{peer.name}: {exc}") from exc
     return peer, versions
 
 
@@ -316,7 +317,9 @@ def main(peers: str, cache: Path) -> None:
     failed = False
     for name in peers.split(","):
         try:
-            _, versions = ready(name, cache, lambda line: click.echo(line, err=True))
+            _, versions = ready(
+                PEERS[name](cache.resolve()), lambda line: click.echo(line, err=True)
+            )
             said = ", ".join(f"{one} {number}" for one, number in versions.items())
             click.echo(f"{name} is ready in {cache / name}: {said}")
         except PeerError as exc:
