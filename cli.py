@@ -30,6 +30,7 @@ from retriever.terminal import (
     duration,
     encoder_options,
     if_interrupted,
+    index_lines,
     json_option,
     library_option,
     model_option,
@@ -134,12 +135,16 @@ def index(
             " the same command goes on from there."
         )
         if_interrupted(kept)
-        with Progress("Indexing", "pictures") as progress:
+        with (
+            Progress("Indexing", "pictures") as progress,
+            Progress("Optimising", "vectors") as more,
+        ):
             report = library.index(
                 *folders,
                 captions=captions,
                 prune=prune,
                 progress=progress,
+                optimizing=more,
                 stop=lambda: bool(stop()),
             )
         made_by = library.info()["model"]["name"]
@@ -192,6 +197,7 @@ def _some(what: str, names: tuple[str, ...]) -> Iterable[str]:
 @click.option("--text-weight", type=float, default=1.0, help="Of TEXT, beside --image.")
 @click.option("--image-weight", type=float, default=1.0, help="Of --image, beside TEXT.")
 @click.option("--paths", is_flag=True, help="Print nothing but paths, one a line.")
+@click.option("--exact", is_flag=True, help="Look at everything, approximate index or not.")
 @model_option(None, "One of the library's models.", show_default="its default one")
 @library_option
 @encoder_options
@@ -203,6 +209,7 @@ def search(
     text_weight: float,
     image_weight: float,
     paths: bool,
+    exact: bool,
     model: str | None,
     library_path: Path,
     device: str,
@@ -228,6 +235,7 @@ def search(
             text_weight=text_weight,
             image_weight=image_weight,
             k=k,
+            exact=exact,
         )
         _warn_of_gaps(library, words)
     for hit in hits:
@@ -253,6 +261,7 @@ def search(
 @main.command()
 @click.argument("picture", type=FILE)
 @click.option("-k", type=click.IntRange(min=1), default=5, help="Answers wanted.")
+@click.option("--exact", is_flag=True, help="Look at everything, approximate index or not.")
 @model_option(None, "One of the library's models.", show_default="its default one")
 @library_option
 @encoder_options
@@ -260,6 +269,7 @@ def search(
 def caption(
     picture: Path,
     k: int,
+    exact: bool,
     model: str | None,
     library_path: Path,
     device: str,
@@ -274,7 +284,7 @@ def caption(
       retriever caption query.jpg -k 1 --json
     """
     with open_library(library_path, device, threads, model) as library:
-        hits = library.captions_for(picture, k=k)
+        hits = library.captions_for(picture, k=k, exact=exact)
         _warn_of_gaps(library)
     for hit in hits:
         if as_json:
@@ -334,14 +344,14 @@ def info(failures: bool, library_path: Path, as_json: bool) -> None:
         return
     unread = facts["failures"]
     note = f", {unread:,} of them could not be read (--failures lists them)" if unread else ""
-    model, rows = facts["model"], facts["index"]
+    model = facts["model"]
+    index = "\n          ".join(index_lines(facts["index"]))
     click.echo(
         f"Library   {shown(library.path)}\n"
         f"Model     {_model_line(model)}\n"
         f"Pictures  {facts['items']:,}{note}\n"
         f"Captions  {facts['captions']:,}\n"
-        f"Index     exact, generation {facts['generation']}: "
-        f"{rows['image']['rows']:,} picture and {rows['caption']['rows']:,} caption vectors\n"
+        f"Index     {index}\n"
         f"Size      {facts['size_bytes'] / 1e6:,.1f} MB on disk"
     )
     for other in facts["models"]:

@@ -16,6 +16,7 @@ Status = Literal["ok", "failed"]
 Source = Literal["text", "image"]  # of a query
 SOURCES: tuple[Source, ...] = ("text", "image")
 
+DEFAULT_OVERLAP = 0.99  # see SearchPolicy
 UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to a store
 STORED_TOLERANCE = 2e-3  # the same, after rounding to float16
 
@@ -173,7 +174,7 @@ class SearchPolicy:
 
     exact: bool = False
     memory_bytes: int | None = None
-    overlap: float = 0.99
+    overlap: float = DEFAULT_OVERLAP
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,20 +15,23 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from indexes.errors import WrongModelError
+from indexes.errors import StoreLockedError, StoreReadOnlyError, WrongModelError
 from indexes.files import absolute
-from indexes.records import ModelSpec
+from indexes.records import DEFAULT_OVERLAP, ModelSpec, SearchPolicy
 from retriever.errors import UsageError
 from retriever.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
-    from indexes.records import RootInfo, StoredModel, StoreInfo
+    from indexes.records import Kind, RootInfo, StoredModel, StoreInfo
     from indexes.store import Store
     from retriever.encoders import Encoder
     from retriever.exchange import ExportReport, ImportReport
@@ -182,9 +185,13 @@ class Library:
         captions: str | Path | None = None,
         prune: bool = False,
         progress: Progress | None = None,
+        optimizing: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> IndexReport:
         """Brings the library up to date with its folders; see `retriever.ingest.index_folders`.
+
+        A library that has grown large then gets an approximate index, or another one; see
+        `optimize`.
 
         Args:
             folders: searched recursively; a picture that cannot be read is named in the report
@@ -193,6 +200,7 @@ class Library:
             captions: a captions file, read instead of those in the folders.
             prune: forget the pictures of a folder that is away or empty.
             progress: called with (done, total) of the pictures of a folder that need work.
+            optimizing: called with (done, total) vectors while an approximate index is built.
             stop: asked before each batch; once it is true the rest is left for another run.
 
         Raises:
@@ -206,7 +214,7 @@ class Library:
         places = [Path(folder) for folder in folders] or [path for _, path in self._store.roots()]
         if not places:
             raise UsageError(f"{self.path} has no folders yet: name one to index")
-        return index_folders(
+        report = index_folders(
             self._store,
             lambda: self.encoder,
             places,
@@ -215,6 +223,55 @@ class Library:
             prune=prune,
             stop=stop,
         )
+        if report.interrupted:
+            return report
+        try:
+            with self._store.writer() as writer:
+                writer.optimize(self._phrases, progress=optimizing, stop=stop)
+        except (StoreLockedError, StoreReadOnlyError) as error:  # searches are exact, only slower
+            return replace(report, problems=(*report.problems, str(error)))
+        return report
+
+    def optimize(
+        self,
+        *,
+        exact: bool = False,
+        memory_bytes: int | None = None,
+        overlap: float = DEFAULT_OVERLAP,
+        progress: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[Kind]:
+        """Says how the library may be searched, and builds the approximate index that this takes.
+
+        By itself a library is searched exactly while that takes milliseconds. A larger one gets an
+        approximate index, which is tuned with the library's own captions and pictures and is used
+        only for what it was measured to answer well and sooner; `info` shows the measurements.
+
+        Args:
+            exact: search exactly at any size.
+            memory_bytes: what the index of pictures, and that of captions, may take.
+            overlap: least share, on average, of the exact 10 best that must be found.
+            progress: called with (done, total) vectors.
+            stop: asked every second or so; once it says yes, all stays as it was.
+
+        Returns:
+            The kinds of which an index was built, "image" and "caption".
+
+        Raises:
+            StoreLockedError: another process is writing.
+            StoreReadOnlyError: the index cannot be written; searches stay exact.
+        """
+        if not 0 < overlap <= 1:
+            raise UsageError(f"an overlap is a share above 0 and up to 1, not {overlap}")
+        with self._store.writer() as writer:
+            writer.finish()
+            writer.set_policy(SearchPolicy(exact, memory_bytes, overlap))
+            return writer.optimize(self._phrases, progress=progress, stop=stop)
+
+    def _phrases(self) -> NDArray[np.float32]:
+        from retriever.phrases import phrases
+
+        return self.encoder.encode_texts(phrases())
 
     def search(
         self,
@@ -224,6 +281,7 @@ class Library:
         text_weight: float = 1.0,
         image_weight: float = 1.0,
         k: int = DEFAULT_K,
+        exact: bool = False,
     ) -> list[Hit]:
         """The k pictures nearest to a description, to a picture, or to both together.
 
@@ -235,21 +293,27 @@ class Library:
             text_weight: how much the text counts if both are given; negative pushes away.
             image_weight: the same for the picture.
             k: answers wanted, at least 1; fewer come only if the library has fewer.
+            exact: look at every picture, though the library has an approximate index.
 
         Raises:
             UsageError: neither text nor picture, k < 1, or both cancel each other out.
             PictureError: `image` cannot be read.
         """
-        return self.searcher.images(_query(text, image, text_weight, image_weight), k)
+        query = _query(text, image, text_weight, image_weight)
+        return self.searcher.images(query, k, exact=exact)
 
-    def captions_for(self, image: str | Path | Image.Image, *, k: int = 5) -> list[CaptionHit]:
+    def captions_for(
+        self, image: str | Path | Image.Image, *, k: int = 5, exact: bool = False
+    ) -> list[CaptionHit]:
         """The k captions in the library that fit a picture best, each text once.
+
+        With `exact` every caption is looked at, though the library has an approximate index.
 
         Raises:
             UsageError: k < 1.
             PictureError: `image` cannot be read.
         """
-        return self.searcher.captions(_query(None, image, 1.0, 1.0), k)
+        return self.searcher.captions(_query(None, image, 1.0, 1.0), k, exact=exact)
 
     def remove(self, paths: str | Path | Iterable[str | Path]) -> int:
         """Forgets pictures, or all in a folder, and says how many; the files stay as they are.

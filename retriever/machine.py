@@ -18,7 +18,6 @@ _PACKAGES = {
     "PIL": "pillow",
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
-    "openvino": "openvino",
     "tokenizers": "tokenizers",
     "torch": "torch",
     "open_clip": "open_clip_torch",

@@ -21,6 +21,7 @@ from retriever.errors import UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from indexes.records import Source
     from indexes.store import Store
     from retriever.encoders import Encoder
 
@@ -36,6 +37,13 @@ class Query:
 
     texts: tuple[tuple[str, float], ...] = ()
     images: tuple[tuple[Path | Image.Image, float], ...] = ()
+
+    @property
+    def source(self) -> Source | None:
+        """Where its embedding comes from; None if from texts and pictures together."""
+        if self.texts and self.images:
+            return None
+        return "text" if self.texts else "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +113,7 @@ class Searcher:
             raise UsageError("The parts of the query cancel each other out: change the weights")
         return (total / length).astype(np.float32)
 
-    def images(self, query: Query, k: int = 10) -> list[Hit]:
+    def images(self, query: Query, k: int = 10, *, exact: bool = False) -> list[Hit]:
         """The k best pictures, fewer only if the library has fewer.
 
         A query picture that is in the library is an answer like any other: it comes first, with a
@@ -118,7 +126,7 @@ class Searcher:
         row = self._row(query, k)
         absent: set[int] = set()
         while True:
-            (match,) = self._store.search("image", row, k)
+            (match,) = self._store.search("image", row, k, source=query.source, exact=exact)
             items = self._store.items(match.ids.tolist())
             if len(items) == len(match.ids):
                 break
@@ -135,7 +143,7 @@ class Searcher:
             hits.append(Hit(rank, scores[item.item_id], item.path, text, item.item_id))
         return hits
 
-    def captions(self, query: Query, k: int = 10) -> list[CaptionHit]:
+    def captions(self, query: Query, k: int = 10, *, exact: bool = False) -> list[CaptionHit]:
         """The k best captions, each text once, fewer only if the library has fewer texts.
 
         The captions of a query picture that is in the library are answers like any others.
@@ -148,7 +156,7 @@ class Searcher:
         absent: set[int] = set()
         wanted = k
         while True:
-            (match,) = self._store.search("caption", row, wanted)
+            (match,) = self._store.search("caption", row, wanted, source=query.source, exact=exact)
             found = self._store.captions(match.ids.tolist())
             if len(found) < len(match.ids):
                 # Another process removed some since the search: ask again.

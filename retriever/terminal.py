@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -145,6 +146,17 @@ def print_json(record: Mapping[str, Any]) -> None:
     click.echo(json.dumps(record))
 
 
+def index_lines(index: Mapping[str, Any]) -> list[str]:
+    """How each kind of vector is searched, and why."""
+    lines = []
+    for kind, facts in index.items():
+        how = built["kind"] if (built := facts["approximate"]) else "exact"
+        lines.append(f"{facts['rows']:,} {kind} vectors, {how}: {facts['reason']}")
+        if built and built["beside"]:
+            lines[-1] += f"; {built['beside']:,} are new and searched beside it"
+    return lines
+
+
 def warn(sentence: str) -> None:
     """A sentence on stderr."""
     click.echo(f"Warning: {sentence}", err=True)
@@ -174,6 +186,25 @@ def library_option(command: Command) -> Command:
         show_default="default.lib in the user's data folder",
         help="The library's folder.",
     )(command)
+
+
+class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """A number of bytes as people write it: "500MB", "2 GB", "1.5GiB"."""
+
+    name = "size"
+    _UNITS: Mapping[str, int] = {
+        **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+        **{"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40},
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; see `click.ParamType.convert`."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+        if not found or found[2] not in self._UNITS:
+            self.fail(f"{value!r} is no size such as 500MB or 2GB", param, ctx)
+        return int(float(found[1]) * self._UNITS[found[2]])
 
 
 def encoder_options(command: Command) -> Command:

@@ -13,10 +13,12 @@ from retriever.errors import UsageError
 from retriever.terminal import (
     FOLDER,
     SOME_FILES_FAILED,
+    ByteSize,
     Commands,
     Progress,
     encoder_options,
     if_interrupted,
+    index_lines,
     json_option,
     library_option,
     model_option,
@@ -40,7 +42,7 @@ ALL_OR_NOTHING = "Either all of it is forgotten or nothing: `retriever roots` co
 def add_to(main: click.Group) -> None:
     """Adds these commands to the program."""
     for command in (
-        *(remove, roots, watch, verify, repair, compact, backup),
+        *(remove, roots, watch, verify, repair, compact, optimize, backup),
         *(export, import_, merge),
     ):
         main.add_command(command)
@@ -283,6 +285,53 @@ def compact(library_path: Path, as_json: bool) -> None:
         print_json({"bytes_before": before, "bytes_after": after})
     else:
         click.echo(f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now")
+
+
+@click.command()
+@click.option("--memory", type=ByteSize(), help="What an index may take, such as 2GB.")
+@click.option(
+    "--overlap",
+    type=click.FloatRange(0, 1, min_open=True),
+    show_default="0.99",
+    help="Least share of the exact 10 best that must be found, on average.",
+)
+@click.option("--exact", is_flag=True, help="Search exactly, whatever the size.")
+@library_option
+@json_option
+def optimize(
+    memory: int | None, overlap: float | None, exact: bool, library_path: Path, as_json: bool
+) -> None:
+    """Decide how a library is searched, and measure it.
+
+    While an exact search takes milliseconds nothing is built. A larger library gets an approximate
+    index, as it does at the end of `index`: tuned with its own captions and pictures, used only
+    where it finds what --overlap asks for, and sooner. What is said here holds from now on; without
+    options the library decides.
+
+    \b
+    Examples:
+      retriever optimize
+      retriever optimize --memory 2GB --overlap 0.995
+      retriever optimize --exact
+    """
+    with open_library(library_path) as library, stopping() as stop:
+        if_interrupted("Searches go on as before; the same command starts anew.")
+        with Progress("Optimising", "vectors") as progress:
+            built = library.optimize(
+                exact=exact,
+                memory_bytes=memory,
+                progress=progress,
+                **({} if overlap is None else {"overlap": overlap}),
+                stop=lambda: bool(stop()),
+            )
+        index = library.info()["index"]
+    if as_json:
+        print_json({"built": built, "index": index})
+    else:
+        click.echo("\n".join(index_lines(index)))
+    if stop():
+        click.echo("Interrupted. Searches go on as before.", err=True)
+        click.get_current_context().exit(128 + stop())
 
 
 @click.command()

@@ -385,6 +385,36 @@ def test_info_as_json_has_the_documented_fields(library: Path) -> None:
     shown = run("info", library=library).stdout
     assert str(library) in shown
     assert "Captions  3" in shown
+    assert "4 image vectors, exact: to scan 4 vectors of 384 is to read" in shown
+
+
+def test_optimize_sets_how_a_library_is_searched(pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new.lib"
+    run("index", pictures, library=path)
+    (facts,) = lines(run("optimize", "--json", library=path))
+    assert facts["built"] == []
+    assert set(facts["index"]) == {"image", "caption"}  # type: ignore[call-overload]
+    shown = run("optimize", "--exact", library=path).stdout
+    assert "exact search was asked for; `retriever optimize` lets the library decide" in shown
+    assert "asked for" in run("info", library=path).stdout
+    assert "asked for" not in run("optimize", "--memory", "1.5 GiB", library=path).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "much"], "'much' is no size such as 500MB or 2GB"),
+        (["--memory", "5 parsecs"], "is no size"),
+        (["--overlap", "0"], "0"),
+        (["--overlap", "1.5"], "1.5"),
+    ],
+)
+def test_optimize_names_the_option_that_is_wrong(
+    library: Path, arguments: list[str], message: str
+) -> None:
+    result = run("optimize", *arguments, library=library)
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_verify_finds_a_torn_index_and_repair_mends_it(pictures: Path, tmp_path: Path) -> None:

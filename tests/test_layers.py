@@ -34,7 +34,7 @@ LAYERS = [
         *("retriever.captions", "retriever.machine", "retriever.metrics"),
         *("retriever.objectives", "retriever.settings"),
     },
-    {"retriever.cleaning", "retriever.preprocessing"},
+    {"retriever.cleaning", "retriever.phrases", "retriever.preprocessing"},
     {"retriever", "retriever.errors", "retriever.mini"},
     {"indexes.store"},
     {"indexes.care"},

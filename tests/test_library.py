@@ -4,11 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ToyEncoder, paint
 from PIL import Image
 
-from indexes.errors import StoreExistsError, StoreNotFoundError, WrongModelError
+import indexes.approximate as approximate
+import indexes.optimizer as optimizer
+from indexes.errors import (
+    StoreExistsError,
+    StoreNotFoundError,
+    StoreReadOnlyError,
+    WrongModelError,
+)
+from indexes.writer import Writer
 from retriever.errors import EncoderError, UsageError
 from retriever.library import Library
 
@@ -170,3 +179,51 @@ def test_importing_the_library_loads_no_engine() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_library_that_grew_large_is_optimised_by_index_itself(
+    tmp_path: Path, toy_encoder: ToyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(approximate, "EXACT_BYTES", 100)
+    monkeypatch.setattr(approximate, "LEAST_ROWS", 40)
+    monkeypatch.setattr(optimizer, "is_proved", lambda one, policy: one.overlap >= policy.overlap)
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for n in range(60):
+        colour = tuple(rng.integers(0, 256, 3).tolist())
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "pictures" / f"{n}.png")
+    told = []
+    with Library.create(tmp_path / "a.lib", toy_encoder) as library:
+        report = library.index(
+            tmp_path / "pictures", optimizing=lambda done, total: told.append((done, total))
+        )
+        assert report.added == 60
+        assert told[-1] == (60, 60)
+        facts = library.info()["index"]["image"]
+        assert facts["approximate"] is not None
+        assert sorted(facts["approximate"]["directions"]) == ["image", "text"]  # by phrases
+        best = library.search("red", k=5)
+        assert [hit.item_id for hit in best] == [
+            hit.item_id for hit in library.search("red", k=5, exact=True)
+        ]
+        assert library.index().unchanged == 60
+        assert library.optimize() == []
+        assert library.optimize(exact=True) == []
+        assert library.info()["index"]["image"]["approximate"] is None
+        with pytest.raises(UsageError, match="a share above 0"):
+            library.optimize(overlap=0)
+
+
+def test_an_index_that_finds_no_room_is_a_problem_not_a_failure(
+    tmp_path: Path, toy_encoder: ToyEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint(tmp_path / "pictures" / "red.png", "red")
+
+    def full(self: Writer, *_: object, **__: object) -> None:
+        raise StoreReadOnlyError("the disk is full")
+
+    monkeypatch.setattr(Writer, "optimize", full)
+    with Library.create(tmp_path / "a.lib", toy_encoder) as library:
+        report = library.index(tmp_path / "pictures")
+        assert report.added == 1
+        assert report.problems == ("the disk is full",)
