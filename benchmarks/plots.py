@@ -18,6 +18,7 @@ import click
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -46,6 +47,7 @@ LOOK: Mapping[str, Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "retriever",  # the same plot is the same file
 }
+matplotlib.rcParams.update(LOOK)
 
 
 def new_figure(
@@ -60,17 +62,16 @@ def new_figure(
         columns: panels.
         log: "x", "y", "xy" or "": axes with a logarithmic scale.
     """
-    with matplotlib.rc_context(LOOK):
-        figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 5), layout="constrained")
-        panels = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-        for axes in panels:
-            axes.set_xlabel(x)
-            if "x" in log:
-                axes.set_xscale("log")
-            if "y" in log:
-                axes.set_yscale("log")
-        panels[0].set_ylabel(y)
-        panels[0].set_title(title)
+    figure = Figure(figsize=(8 if columns == 1 else 6 * columns, 5), layout="constrained")
+    panels = [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    for axes in panels:
+        axes.set_xlabel(x)
+        for letter, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            if letter in log:
+                axes.set(**{f"{letter}scale": "log"})
+                axis.set_minor_formatter(NullFormatter())
+    panels[0].set_ylabel(y)
+    panels[0].set_title(title)
     return figure, panels
 
 
@@ -88,12 +89,16 @@ def line(
     )
 
 
+def legend(axes: Axes, **more: Any) -> None:
+    """A key without a frame; where it stands is up to `more`."""
+    axes.legend(**{"fontsize": 11, **more})
+
+
 def save_plot(figure: Figure, path: Path) -> None:
     """Writes PATH.png and PATH.svg; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(LOOK):
-        figure.savefig(path.with_name(path.name + ".png"), dpi=150, metadata={"Software": None})
-        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
+    figure.savefig(path.with_name(path.name + ".png"), dpi=150, metadata={"Software": None})
+    figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
 
 
 def save_plots(figures: Mapping[str, Figure], record: Path) -> None:

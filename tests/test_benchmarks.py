@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from defusedxml import ElementTree
 from PIL import Image
+
+from retriever import metrics
 
 # Last, because both folders have a file kills.py.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -269,6 +272,67 @@ def test_scale(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("scale-*")), "libraries are deleted"
 
 
+def test_recall(tmp_path: Path, tiny_pairs: Path) -> None:
+    record = run_benchmark(
+        "recall",
+        *(tiny_pairs, "--engine", "onnxruntime", "--resamples", 20, "--folder", tmp_path),
+        folder=tmp_path / "out",
+        plots=[""],
+    )
+    (plain,) = record["numbers"]["plain"]
+    assert plain["model"]["name"] == "mini"
+    assert record["data"]["pictures"] == 4  # those with captions
+    ways = {one["way"]: one for one in record["numbers"]["fast"]}
+    assert set(ways) == {"exact, rows of float16", "library, onnxruntime: ONNX Runtime"}
+    # The pictures are smaller than what the model reads, so nothing is lost by decoding them.
+    for way in ways.values():
+        assert way["metrics"] == {name: plain["metrics"][name] for name in way["metrics"]}
+        assert set(way["differences"].values()) == {0.0}
+    library = ways["library, onnxruntime: ONNX Runtime"]
+    assert set(library["difference_intervals"]) == set(library["metrics"])
+    assert library["intervals"]["t2i_r@1"] == plain["intervals"]["t2i_r@1"]
+
+
+def test_an_approximate_index_finds_what_exact_search_does(tmp_path: Path) -> None:
+    import recall
+    from synthetic import image_queries, image_vectors
+
+    rows = np.concatenate(list(image_vectors(1200, 64, seed=0)))
+    queries = image_queries(40, 64, seed=0)
+    found = recall._approximate(rows, queries, seed=0)
+    exact = np.argsort(-(queries @ rows.T), axis=1)[:, :10]
+    assert metrics.overlap_at_k(list(exact), found, 10) > 0.95
+
+
+def test_ranks_and_paired_differences_worked_by_hand() -> None:
+    import recall
+
+    found = [np.array([7, 5]), np.array([3, 9]), np.array([1, 2])]
+    assert recall._ranks(found, [[5, 9], [8], [1, 2]]).tolist() == [1, recall.K, 0]
+    # Two pictures, the first with two captions.
+    owners, far = np.array([0, 0, 1]), recall.K
+    plain = recall.Ranks(owners, np.array([0, 3, 0]), np.array([0, far]))
+    fast = recall.Ranks(owners, np.array([0, 6, far]), np.array([0, far]))
+    once = plain.recalls(np.ones(2, np.int64))
+    assert once == {
+        **{"t2i_r@1": pytest.approx(200 / 3), "t2i_r@5": 100.0, "t2i_r@10": 100.0},
+        **{"i2t_r@1": 50.0, "i2t_r@5": 50.0, "i2t_r@10": 50.0},
+    }
+    # A picture that is drawn three times counts three times with all its captions.
+    assert plain.recalls(np.array([3, 1]))["t2i_r@1"] == pytest.approx(400 / 7)
+    described = fast.describe(plain, recall.Settings(resamples=50))
+    assert described["differences"]["t2i_r@1"] == pytest.approx(-100 / 3)
+    assert described["differences"]["i2t_r@10"] == 0
+    low, high = described["difference_intervals"]["t2i_r@1"]
+    assert low == pytest.approx(-100)  # the second picture twice
+    assert high == 0  # the first picture twice
+
+
+def test_recall_without_the_data_is_no_failure(tmp_path: Path) -> None:
+    done = run_script("recall", tmp_path / "nowhere")
+    assert "skipped" in done.stderr
+
+
 def test_train(tmp_path: Path) -> None:
     options = ("--pictures", 40, "--held-out", 8, "--batch-size", 8, "--epochs", 2, "--threads", 1)
     large = ("--batches", "8,20", "--micro-batch", 8, "--kept", 20, "--image-size", 16)
@@ -287,6 +351,57 @@ def test_train(tmp_path: Path) -> None:
 def test_recheck(tmp_path: Path) -> None:
     record = run_benchmark("recheck", "--sizes", 20, 40, "--runs", 1, folder=tmp_path)
     assert [one["pictures"] for one in record["numbers"]["folders"]] == [20, 40, 40]
+
+
+def test_ann(tmp_path: Path) -> None:
+    record = run_benchmark(
+        "ann",
+        *("--rows", 2000, "--dim", 32, "--queries", 10, "--cache", tmp_path / "cache"),
+        folder=tmp_path,
+        plots=[""],
+    )
+    numbers = record["numbers"]
+    assert numbers["bandwidth"]["one_thread_gb_s"] > 0
+    check_percentiles(numbers["exact"])
+    assert numbers["exact"]["gb_s"] > 0
+    for name, index in numbers["indexes"].items():
+        assert name in "\n".join(record["printed"])
+        assert index["bytes_per_vector"] > 0
+        assert set(index["build"]) == {"cpu_s", "wall_s"}
+        for curve in index["curves"].values():
+            assert curve
+            for point in curve:
+                check_percentiles(point)
+                assert 0 < point["overlap"] <= 1
+            for quick, slow in zip(curve, curve[1:], strict=False):
+                assert quick["p50_ms"] < slow["p50_ms"]
+                assert quick["overlap"] < slow["overlap"]
+    ours, flat = numbers["indexes"]["retriever"], numbers["indexes"]["FAISS flat, float32"]
+    assert ours["kind"].startswith("PCA")
+    for side in ("text", "image"):
+        assert flat["curves"][side][0]["overlap"] == 1
+        assert ours["chosen"][side]["overlap"] > 0.9
+
+
+def test_overlap_is_counted_by_ids_that_are_known_and_come_once() -> None:
+    import ann
+    from indexes.vectors import VectorIndex
+
+    ids = np.arange(100, 104)
+    exact = VectorIndex.build(4, [(ids, np.eye(4, dtype=np.float16))])
+    query = np.array([[0.1, 0.2, 0.3, 0.9]], dtype=np.float32)
+
+    def overlap(*found: int) -> float:
+        return ann.overlap(exact, query, [np.array(found)], [np.array([103, 102])])
+
+    assert overlap(103, 102) == overlap(102, 103) == 1
+    assert overlap(103, 100) == overlap(102, 101) == 0.5
+    assert overlap(101, 100) == 0
+    assert overlap(100, 101, 102, 103) == 1  # the two best by the scores of their own vectors
+    with pytest.raises(AssertionError, match="twice"):
+        overlap(103, 103)
+    with pytest.raises(AssertionError, match="unknown"):
+        overlap(103, 3)
 
 
 # ── beside the limit and beside peers ────────────────────────────────────────────────────────────
