@@ -104,11 +104,11 @@ def reason(rows: int, dim: int, policy: SearchPolicy, built: ApproximateFile | N
     for source, several in built.directions.items():
         first = several[0]
         side = (
-            f"by {source} {first.p50_ms:.2f} ms instead of {first.exact_p50_ms:.1f}, "
+            f"by {source} {first.p50_ms:.2f} ms instead of {first.exact_p50_ms:.1f} and "
             f"{100 * first.overlap:.1f} % of the {first.k} best"
         )
         sides.append(side if is_proved(first, built.policy) else f"{side}, so exact after all")
-    return f"{choice.why}; measured: {'; '.join(sides)}"
+    return "; ".join(sides)
 
 
 def is_proved(direction: Direction, policy: SearchPolicy) -> bool:

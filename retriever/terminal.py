@@ -150,11 +150,13 @@ def index_lines(index: Mapping[str, Any]) -> list[str]:
     """How each kind of vector is searched, and why."""
     lines = []
     for kind, facts in index.items():
-        how = built["kind"] if (built := facts["approximate"]) else "exact"
-        lines.append(f"{facts['rows']:,} {kind} vectors, {how}: {facts['reason']}")
+        built = facts["approximate"]
+        how = f"{built['kind']}, {built['memory_bytes'] / 1e6:,.1f} MB" if built else "exact"
+        line = f"{facts['rows']:,} {kind} vectors, {how}"
         if built and built["beside"]:
-            lines[-1] += f"; {built['beside']:,} are new and searched beside it"
-    return lines
+            line += f", {built['beside']:,} newer ones beside it"
+        lines += [line, f"  {facts['reason']}"] if facts["rows"] else []
+    return lines or ["no vectors yet"]
 
 
 def warn(sentence: str) -> None:

@@ -385,7 +385,8 @@ def test_info_as_json_has_the_documented_fields(library: Path) -> None:
     shown = run("info", library=library).stdout
     assert str(library) in shown
     assert "Captions  3" in shown
-    assert "4 image vectors, exact: to scan 4 vectors of 384 is to read" in shown
+    assert "4 image vectors, exact\n" in shown
+    assert "to scan 4 vectors of 384 is to read 0.0 MB" in shown
 
 
 def test_optimize_sets_how_a_library_is_searched(pictures: Path, tmp_path: Path) -> None:
