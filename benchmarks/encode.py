@@ -545,7 +545,7 @@ def draw(record: Mapping[str, Any]) -> dict[str, "Figure"]:
         for place, one in enumerate(tools):
             if limit := one.get("limit_per_s"):
                 axes.plot([limit, limit], [place - 0.4, place + 0.4], color=INK, linewidth=2)
-            axes.annotate(f"{rates[place]:.0f}", (rates[place], place), (4, 0), va="center",
+            axes.annotate(f"{rates[place]:.3g}", (rates[place], place), (4, 0), va="center",
                           textcoords="offset points", fontsize=11)  # fmt: skip
         axes.tick_params(axis="y", labelsize=10)
         axes.grid(axis="y", visible=False)
