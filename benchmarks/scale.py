@@ -148,8 +148,9 @@ def slopes_of(numbers: Mapping[str, Any]) -> dict[str, float]:
     slopes = {}
     for label in CURVES:
         sizes, costs = curve_of(numbers, label)
-        first = next((at for at, size in enumerate(sizes) if size >= sizes[-1] / 100), 0)
         if len(sizes) > 1:
+            first = next(at for at, size in enumerate(sizes) if size >= sizes[-1] / 100)
+            first = min(first, len(sizes) - 2)
             slopes[label] = round(log_log_slope(sizes[first:], costs[first:]), 2)
     return slopes
 

@@ -373,57 +373,6 @@ def test_ann(tmp_path: Path) -> None:
             for point in curve:
                 check_percentiles(point)
                 assert 0 < point["overlap"] <= 1
-            for quick, slow in zip(curve, curve[1:], strict=False):
-                assert quick["p50_ms"] < slow["p50_ms"]
-                assert quick["overlap"] < slow["overlap"]
-    ours, flat = numbers["indexes"]["retriever"], numbers["indexes"]["FAISS flat, float32"]
-    assert ours["kind"].startswith("PCA")
-    for side in ("text", "image"):
-        assert flat["curves"][side][0]["overlap"] == 1
-        assert ours["chosen"][side]["overlap"] > 0.9
-
-
-def test_overlap_is_counted_by_ids_that_are_known_and_come_once() -> None:
-    import ann
-    from indexes.vectors import VectorIndex
-
-    ids = np.arange(100, 104)
-    exact = VectorIndex.build(4, [(ids, np.eye(4, dtype=np.float16))])
-    query = np.array([[0.1, 0.2, 0.3, 0.9]], dtype=np.float32)
-
-    def overlap(*found: int) -> float:
-        return ann.overlap(exact, query, [np.array(found)], [np.array([103, 102])])
-
-    assert overlap(103, 102) == overlap(102, 103) == 1
-    assert overlap(103, 100) == overlap(102, 101) == 0.5
-    assert overlap(101, 100) == 0
-    assert overlap(100, 101, 102, 103) == 1  # the two best by the scores of their own vectors
-    with pytest.raises(AssertionError, match="twice"):
-        overlap(103, 103)
-    with pytest.raises(AssertionError, match="unknown"):
-        overlap(103, 3)
-
-
-def test_ann(tmp_path: Path) -> None:
-    record = run_benchmark(
-        "ann",
-        *("--rows", 2000, "--dim", 32, "--queries", 10, "--cache", tmp_path / "cache"),
-        folder=tmp_path,
-        plots=[""],
-    )
-    numbers = record["numbers"]
-    assert numbers["bandwidth"]["one_thread_gb_s"] > 0
-    check_percentiles(numbers["exact"])
-    assert numbers["exact"]["gb_s"] > 0
-    for name, index in numbers["indexes"].items():
-        assert name in "\n".join(record["printed"])
-        assert index["bytes_per_vector"] > 0
-        assert set(index["build"]) == {"cpu_s", "wall_s"}
-        for curve in index["curves"].values():
-            assert curve
-            for point in curve:
-                check_percentiles(point)
-                assert 0 < point["overlap"] <= 1
             for key in ("p50_ms", "overlap"):
                 values = [point[key] for point in curve]
                 assert values == sorted(set(values))
@@ -595,3 +544,22 @@ def test_a_query_without_answers_is_an_error(tmp_path: Path) -> None:
     cold_start.check_answers(commands, 1, tmp_path / "said.txt")
     with pytest.raises(RuntimeError, match="1 answers where 10 were expected"):
         cold_start.check_answers(commands, 10, tmp_path / "said.txt")
+
+
+def test_slopes_are_those_of_the_upper_sizes() -> None:
+    import scale
+
+    # Constant up to a thousand, then in step.
+    costs = {10: 5.0, 1_000: 5.0, 10_000: 50.0, 100_000: 500.0}
+    made_up = [{"pictures": size, "disk_mb": cost} for size, cost in costs.items()]
+    everything = {
+        "query": {kind: {"p50_ms": 1.0} for kind in ("exact", "automatic")},
+        "cold": {key: {"median": 1.0} for key in ("cpu_s", "peak_mb")},
+    }
+    numbers = {"files": [], "made_up": [one | everything for one in made_up]}
+    slopes = scale.slopes_of(numbers)
+    assert slopes["library on disk"] == 1.0
+    assert slopes["query, exact"] == 0.0
+    assert "index" not in slopes
+    numbers["made_up"] = [{"pictures": n, "disk_mb": n**0.5, **everything} for n in (1, 10_000)]
+    assert scale.slopes_of(numbers)["library on disk"] == 0.5
