@@ -10,12 +10,11 @@ compared with all others at a time, and compared again when the gradient is aske
 
 import math
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 # The logit of a pair that must not count as a negative: exp() of it is 0 in every dtype, and unlike
 # -inf it cannot turn a row of nothing but such pairs into NaN.
@@ -25,23 +24,52 @@ _MASKED = -1e4
 # Pairs compared at a time: 4 MB of logits, which stay in a CPU's cache.
 _PAIRS_AT_A_TIME = 1 << 20
 
+Compare = Callable[..., tuple[Tensor, ...]]
 
-def _in_blocks(
-    compare: Callable[[Tensor, Tensor], tuple[Tensor, ...]], embeddings: Tensor
-) -> list[list[Tensor]]:
+
+class _Again(torch.autograd.Function):
+    """`compare(rows, *tensors)`, of which nothing is kept: the backward pass makes it again.
+
+    torch's own checkpoint() does that too, but loads the whole of its compiler for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, compare: Compare, rows: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.compare = compare
+        ctx.save_for_backward(rows, *tensors)
+        return compare(rows, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        rows, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            inputs = [
+                one.detach().requires_grad_(is_wanted)
+                for one, is_wanted in zip(tensors, wanted, strict=True)
+            ]
+            made = ctx.compare(rows, *inputs)
+        leaves = [one for one in inputs if one.requires_grad]
+        found = iter(torch.autograd.grad(made, leaves, gradients))
+        return None, None, *(next(found) if is_wanted else None for is_wanted in wanted)
+
+
+def _in_blocks(compare: Compare, embeddings: Tensor, *others: Tensor | float) -> list[list[Tensor]]:
     """What `compare` gives for each block of rows, in a list for each of its results.
 
     Args:
-        compare: (r,) row numbers and their (r, d) embeddings → tensors.
+        compare: (r,) row numbers, their (r, d) embeddings and the others → tensors.
         embeddings: (b, d), all rows.
+        others: what `compare` needs besides, whole.
     """
     b = len(embeddings)
     rows = torch.arange(b, device=embeddings.device)
+    whole = [torch.as_tensor(one, device=embeddings.device) for one in others]
     size = max(_PAIRS_AT_A_TIME // b, 1)
     if b <= size:
-        return [[one] for one in compare(rows, embeddings)]
-    again = partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
-    found = map(again, torch.split(rows, size), torch.split(embeddings, size))
+        return [[one] for one in compare(rows, embeddings, *whole)]
+    blocks = zip(torch.split(rows, size), torch.split(embeddings, size), strict=True)
+    found = [_Again.apply(compare, *block, *whole) for block in blocks]
     return list(map(list, zip(*found, strict=True)))
 
 
@@ -90,13 +118,13 @@ def squared_uniformity_loss(
     def uniformity(points: Tensor) -> Tensor:
         b = len(points)
 
-        def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+        def compare(rows: Tensor, block: Tensor, points: Tensor) -> tuple[Tensor, ...]:
             # Of unit rows ‖x − x′‖² is 2 − 2 cos; each pair is counted once.
             potentials = 2 * t * (block @ points.T - 1)
             counted = rows[:, None] < torch.arange(b, device=rows.device)
             return (potentials.masked_fill(~counted, _MASKED).logsumexp(dim=(0, 1)),)
 
-        (sums,) = _in_blocks(compare, points)
+        (sums,) = _in_blocks(compare, points, points)
         return torch.stack(sums).logsumexp(dim=0) - math.log(b * (b - 1) / 2)
 
     spread = (uniformity(images) + uniformity(texts)) / 2
@@ -119,13 +147,15 @@ def clip_loss(
     """
     b = len(images)
 
-    def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+    def compare(
+        rows: Tensor, block: Tensor, texts: Tensor, logit_scale: Tensor
+    ) -> tuple[Tensor, ...]:
         logits = logit_scale * block @ texts.T
         logits = logits.masked_fill(_same_picture(groups, rows, b), _MASKED)
         image_to_text = F.cross_entropy(logits, rows, reduction="sum")
         return image_to_text, logits.logsumexp(dim=0), logits.gather(1, rows[:, None]).squeeze(1)
 
-    image_to_text, columns, partners = _in_blocks(compare, images)
+    image_to_text, columns, partners = _in_blocks(compare, images, texts, logit_scale)
     # A column is whole only when all blocks are there.
     text_to_image = torch.stack(columns).logsumexp(dim=0) - torch.cat(partners)
     return (torch.stack(image_to_text).sum() + text_to_image.sum()) / (2 * b)
@@ -152,12 +182,14 @@ def siglip_loss(
     """
     b = len(images)
 
-    def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+    def compare(
+        rows: Tensor, block: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor
+    ) -> tuple[Tensor, ...]:
         logits = logit_scale * block @ texts.T + logit_bias
         losses = -F.logsigmoid(torch.where(_itself(rows, b), logits, -logits))
         return (losses.masked_fill(_same_picture(groups, rows, b), 0.0).sum(),)
 
-    (sums,) = _in_blocks(compare, images)
+    (sums,) = _in_blocks(compare, images, texts, logit_scale, logit_bias)
     return torch.stack(sums).sum() / b
 
 
@@ -176,14 +208,14 @@ def triplet_loss(
     """
     b = len(images)
 
-    def compare(rows: Tensor, block: Tensor) -> tuple[Tensor, ...]:
+    def compare(rows: Tensor, block: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
         cosines = block @ texts.T
         excluded = _itself(rows, b) | _same_picture(groups, rows, b)
         negatives = cosines.masked_fill(excluded, _MASKED)
         partners = cosines.gather(1, rows[:, None]).squeeze(1)
         return negatives.amax(dim=1), negatives.amax(dim=0), partners
 
-    by_row, by_column, partners = _in_blocks(compare, images)
+    by_row, by_column, partners = _in_blocks(compare, images, texts)
     positives = torch.cat(partners)
     image_to_text = (margin + torch.cat(by_row) - positives).relu()
     text_to_image = (margin + torch.stack(by_column).amax(dim=0) - positives).relu()
