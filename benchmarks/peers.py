@@ -172,7 +172,7 @@ class ClipRetrieval:
 
 
 Peer = Rclip | ClipRetrieval
-P = TypeVar("P", Rclip, ClipRetrieval)
+P = TypeVar("P", bound=Peer)
 PEERS: dict[str, Callable[[Path], Peer]] = {"rclip": Rclip, "clip-retrieval": ClipRetrieval}
 
 
