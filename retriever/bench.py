@@ -42,7 +42,7 @@ SAMPLE = 256  # pictures and captions drawn from the library
 # Encoded at a time. Two such batches are enough for encoders to change over to what is fastest
 # for many.
 IMAGE_BATCH, TEXT_BATCH = 32, 128
-QUERIES = 200  # asked one by one
+MIN_QUERIES, QUERIES = 10, 200  # asked one by one
 MIN_RUNS, MAX_RUNS = 2, 7  # of the command, from a cold start
 # Share of the time that each stage may take; each does its least however little there is.
 SHARES = {"decode": 0.15, "images": 0.25, "texts": 0.1, "cold": 0.25, "search": 0.1, "answer": 0.1}
@@ -322,7 +322,7 @@ def _times(
         began = time.perf_counter()
         ask(query)
         seconds.append(time.perf_counter() - began)
-        if not left():
+        if len(seconds) >= MIN_QUERIES and not left():
             break
     return percentiles(seconds)
 
