@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from retriever.engines import Lanes
+    from retriever.replicas import Replicas
     from retriever.towers import DualEncoder
 
 __all__ = [
@@ -437,16 +438,29 @@ class CheckpointEncoder:
         model, tokenizer = load_checkpoint(self.folder)
         return model.to(device), _without_padding(tokenizer, self.max_text_tokens), device
 
-    def encode_images(self, images: Sequence[ImageInput]) -> Array:
-        """Embeddings of pictures: (n, d) float32 unit rows; see `Encoder.encode_images`."""
+    @cached_property
+    def _images(self) -> "Replicas":
         import torch
 
+        from retriever.replicas import Replicas
+
         model, _, device = self.loaded
+        replicas = Replicas(model, device, method="encode_images")
+        replicas.fit((self.image_size, self.image_size, 3), torch.uint8)
+        return replicas
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures encoded at once; on GPUs as many as fit."""
+        return self._images.batch_size
+
+    def encode_images(self, images: Sequence[ImageInput]) -> Array:
+        """Embeddings of pictures: (n, d) float32 unit rows; see `Encoder.encode_images`."""
         rows = [np.empty((0, self.dim), np.float32)]
-        with torch.inference_mode():
-            for batch in batches(images, IMAGE_BATCH):
-                pixels = torch.from_numpy(_stacked_pixels(batch, self.preprocessing))
-                rows.append(model.encode_images(pixels.to(device)).cpu().numpy())
+        rows += [
+            self._images(_stacked_pixels(batch, self.preprocessing))
+            for batch in batches(images, self.batch_size if images else 1)
+        ]
         return checked_embeddings(np.concatenate(rows), len(images), self.dim, self.name)
 
     def encode_texts(self, texts: Sequence[str]) -> Array:

@@ -8,7 +8,7 @@ cold text query with ViT-B-32, imports of numpy and ONNX Runtime included, CPU s
     beside it, not rearranged for repeated runs           0.30
     and the graph taken as it is                          0.26
     and the file held against its digest (what is done)   0.28   286 MB
-    in float16, widened at each run                       HALF
+    in float16, half as large, widened at each run        1.5 times as much
     open_clip in torch                                    7.2    936 MB
 
 A causal text tower reads as many tokens as a text has; the others are padded as they were trained.
