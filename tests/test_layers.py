@@ -62,6 +62,7 @@ TORCH_HOMES = {
         "objectives",
         "openclip",
         "openclip_towers",
+        "prepare",
         "replicas",
         "samples",
         "towers",
