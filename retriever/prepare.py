@@ -126,13 +126,9 @@ def prepare(
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether a name is that of a folder that training wrote; raises UsageError: of another."""
+    """Whether a name is that of a folder which is no model of open_clip's, so one of ours."""
     folder = Path(name).expanduser()
-    if not folder.is_dir() or (folder / CONFIG_FILE).is_file():
-        return False
-    if not (folder / "model.safetensors").is_file():
-        raise UsageError(f"{folder} holds no model: no {CONFIG_FILE}, no model.safetensors")
-    return True
+    return folder.is_dir() and not (folder / CONFIG_FILE).is_file()
 
 
 def recall_check(dataset: Path, *, split: str | None = None) -> Check:

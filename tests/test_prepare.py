@@ -27,7 +27,7 @@ from retriever.encoders import OnnxEncoder, load_encoder
 from retriever.errors import EncoderError, UsageError
 from retriever.models import find_prepared, list_models, prepared_folder
 from retriever.openclip import OpenClipEncoder
-from retriever.prepare import HARD_TEXTS, clip_tokenizer, prepare, recall_check
+from retriever.prepare import HARD_TEXTS, clip_tokenizer, is_checkpoint, prepare, recall_check
 
 __all__ = ["open_clip"]  # the fixture
 
@@ -409,10 +409,7 @@ def test_weights_stored_otherwise_answer_alike(clip: Path, tmp_path: Path, way: 
     assert (encoder.fingerprint == whole.fingerprint) == (way == "pickle")
 
 
-def test_our_checkpoint_needs_a_place(tmp_path: Path) -> None:
-    from retriever.prepare import is_checkpoint
-
+def test_checkpoint_of_ours_is_told_from_open_clips_models(clip: Path, tmp_path: Path) -> None:
     assert is_checkpoint(str(write_checkpoint(tmp_path / "checkpoint")))
+    assert not is_checkpoint(str(clip))
     assert not is_checkpoint("ViT-B-32/openai")
-    with pytest.raises(UsageError, match="holds no model"):
-        is_checkpoint(str(tmp_path))
