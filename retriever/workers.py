@@ -134,7 +134,8 @@ class DecodeWorkers:
 
     def close(self) -> None:
         """Ends the processes, those included that are reading."""
-        self._closed.set()
+        with self._idle.mutex:  # or the watch might be about to start
+            self._closed.set()
         for worker in self._workers:
             worker.end()
         if self._watch:

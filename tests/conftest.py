@@ -79,10 +79,12 @@ def _unit_rows(colours: Sequence[np.ndarray]) -> np.ndarray:
     return rows
 
 
-@pytest.fixture(autouse=True)
-def _one_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _one_engine() -> Iterator[None]:
     """Embeddings are the same to the last digits, whichever engines are installed."""
-    monkeypatch.setenv("RETRIEVER_ENGINE", "onnxruntime")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETRIEVER_ENGINE", "onnxruntime")
+        yield
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def test_many_captions_answer_in_their_order_what_single_ones_do(
     texts = [f"{words[n % 4]} {n}" for n in range(37)]
     expected = np.concatenate([load_encoder(threads=1).encode_texts([text]) for text in texts])
     encoder = encoder_with(monkeypatch, engine)
-    assert ((encoder.encode_texts(texts) * expected).sum(axis=1) >= NEAR).all()
+    least = 0.999999 if engine == "onnxruntime" else NEAR
+    assert ((encoder.encode_texts(texts) * expected).sum(axis=1) >= least).all()
 
 
 @OPENVINO
