@@ -358,6 +358,8 @@ class OnnxEncoder:
     def _session(self, file: str) -> Any:
         import onnxruntime  # type: ignore[import-untyped]
 
+        from retriever.engines import KEEP_FLOAT32
+
         available = onnxruntime.get_available_providers()
         wants_cuda = self._device in ("auto", "cuda") and "CUDAExecutionProvider" in available
         if self._device in ("cuda", "mps") and not wants_cuda:
@@ -366,9 +368,11 @@ class OnnxEncoder:
                 f"{', '.join(available)}; use --device cpu"
             )
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads or 0
+        # A text is a few tokens: dividing them costs more than a second core saves.
+        options.intra_op_num_threads = self._threads or (1 if file == "text.onnx" else 0)
         # Idle threads that spin take the cores from the decoding of the next pictures.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry(*KEEP_FLOAT32)
         providers = ["CUDAExecutionProvider"] if wants_cuda else []
         contents = self._checked_file(file)
         if (weights := f"{Path(file).stem}.weights") in self.config["files"]:
