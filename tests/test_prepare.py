@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_openclip import open_clip
@@ -185,12 +186,14 @@ def test_hard_texts_have_clips_tokens(
     assert ours == theirs
 
 
-# Of characters that Python knows: newer ones are letters to one engine and not yet to another.
 @settings(deadline=None, max_examples=300)
-@given(st.text(st.characters(exclude_categories=["Cn", "Cs", "Co"]), max_size=40))
+@given(st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=40))
 def test_any_text_has_clips_tokens(
     both: Callable[[str], tuple[list[int], list[int]]], text: str
 ) -> None:
+    # Characters newer than Python's table are letters to one engine and not yet to another; the
+    # mending of a text can bring one about.
+    assume("Cn" not in {unicodedata.category(one) for one in cleaned(text, "lower")})
     theirs, ours = both(text)
     assert ours == theirs
 
