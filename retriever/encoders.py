@@ -251,7 +251,7 @@ class OnnxEncoder:
         def feed(input_ids: Array, mask: Array) -> Feed:
             return {"input_ids": input_ids} | ({"attention_mask": mask} if has_mask else {})
 
-        run, run_all, size = self._way("text", len(texts), lambda n: feed(*_padded(ids[:n])))
+        run, run_all, size = self._way("text", len(texts))
         rows = _encode_by_length(
             ids, self.dim, lambda *inputs: run(feed(*inputs)), size=size, run_all=run_all
         )
@@ -303,7 +303,7 @@ class OnnxEncoder:
         return contents
 
     def _way(
-        self, tower: Tower, n: int, first: Callable[[int], Feed]
+        self, tower: Tower, n: int, first: Callable[[int], Feed] | None = None
     ) -> tuple[Callable[[Feed], Array], "RunAll", int]:
         """The best way to run n inputs: one run, a `map` for many, and inputs for each of them."""
         run_all: RunAll = map
@@ -321,7 +321,9 @@ class OnnxEncoder:
     def _query_session(self, tower: Tower) -> Any:
         return self._image_session if tower == "image" else self._text_session
 
-    def _lanes_for(self, tower: Tower, n: int, first: Callable[[int], Feed]) -> "Lanes | None":
+    def _lanes_for(
+        self, tower: Tower, n: int, first: Callable[[int], Feed] | None
+    ) -> "Lanes | None":
         """The lanes of a tower, once it has had enough inputs to be worth their start."""
         from retriever.engines import Lanes, wanted_engine
 
@@ -334,12 +336,14 @@ class OnnxEncoder:
             self._check(path.name)
             if (weights := f"{tower}.weights") in self.config["files"]:
                 self._check(weights)
-            feed = first(CPU_BATCH[tower])
-            rows = self._checked_run(path, partial(_first_output, self._query_session(tower)), feed)
+            trial = None
+            if first:
+                feed, run = first(CPU_BATCH[tower]), partial(_first_output, self._image_session)
+                trial = feed, self._checked_run(path, run, feed)
             # Its weights need not be in memory twice. A query brings it back.
             self.__dict__.pop(f"_{tower}_session", None)
             try:
-                self._lanes[tower] = Lanes(path, feed, rows, self._threads)
+                self._lanes[tower] = Lanes(path, trial, self._threads)
             except Exception as exc:  # see _session
                 raise EncoderError(f"{path} cannot be run: {first_line(exc)}") from exc
             return self._lanes[tower]
