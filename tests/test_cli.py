@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -15,6 +16,7 @@ from tiny_models import write_checkpoint
 import cli
 from retriever import terminal
 
+ROOT = Path(cli.__file__).parent
 COMMANDS = sorted(cli.main.commands)
 # What `--help` may not load: each of these costs more than click itself.
 HEAVY = {"numpy", "PIL", "torch", "onnxruntime", "faiss", "sqlalchemy", "tokenizers", "open_clip"}
@@ -597,3 +599,30 @@ def test_bar_starts_anew_with_every_epoch() -> None:
 )
 def test_durations_read_well(seconds: float, shown: str) -> None:
     assert terminal.duration(seconds) == shown
+
+
+def as_program(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command in a process of its own, which ends without taking its libraries apart."""
+    program = [sys.executable, "-c", "import cli; cli.main()", *map(str, args)]
+    return subprocess.run(program, cwd=ROOT, check=False, stderr=subprocess.PIPE, **options)
+
+
+def test_a_program_prints_everything_before_it_ends(library: Path) -> None:
+    arguments = ("search", "red", "-k", "4", "--json", "--library", library)
+    result = as_program(*arguments, stdout=subprocess.PIPE)
+    assert result.returncode == 0
+    assert result.stdout.decode() == run(*arguments).stdout
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["serch"], 2)])
+def test_a_program_ends_with_the_status_of_its_command(arguments: list[str], status: int) -> None:
+    assert as_program(*arguments, stdout=subprocess.DEVNULL).returncode == status
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_results_that_cannot_be_written_are_a_failure(library: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        result = as_program("search", "red", "--library", library, stdout=full)
+    assert result.returncode == 1
+    assert b"No space left on device" in result.stderr
+    assert b"Traceback" not in result.stderr
