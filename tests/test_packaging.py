@@ -72,7 +72,7 @@ def test_the_base_installation_needs_no_torch() -> None:
     assert not required(PROJECT["project"]["dependencies"]) & TORCH
 
 
-@pytest.mark.parametrize("extra", ["heif", "demo", "gpu"])
+@pytest.mark.parametrize("extra", ["heif", "demo", "gpu", "openvino", "parquet", "watch"])
 def test_only_the_extras_about_models_need_torch(extra: str) -> None:
     assert not required(PROJECT["project"]["optional-dependencies"][extra]) & TORCH
 
