@@ -327,7 +327,7 @@ class VectorIndex:
         fetch = k + SLACK
         if count <= max(fetch, SMALL):
             every = np.arange(len(self)) if allowed is None else np.flatnonzero(allowed)
-            return [self._best(query, every, k) for query in queries]
+            return [self.best(query, every, k) for query in queries]
         found = []
         for start in range(0, len(queries), QUERIES):
             found += self._search(queries[start : start + QUERIES], k, allowed)
@@ -338,18 +338,19 @@ class VectorIndex:
         found = []
         for query, rough, positions in zip(queries, approximate, places, strict=True):
             # Fewer than asked for only where damaged vectors, which are no numbers, are passed by.
-            best = self._best(query, positions[positions >= 0], k)
+            best = self.best(query, positions[positions >= 0], k)
             # A row that was not fetched scores at most rough[-1] + margin. Where that could still
             # reach the k-th place (many near-equal rows), everything in reach is fetched.
             if rough[-1] + margin >= best.scores[-1]:
                 radius = float(best.scores[-1]) - 2 * self._margin
                 selector = _selector(0, len(self), allowed)
                 _, _, positions = self._flat.range_search(query[None], radius, params=selector)
-                best = self._best(query, positions, k)
+                best = self.best(query, positions, k)
             found.append(best)
         return found
 
-    def _best(self, query: NDArray[np.float32], positions: Positions, k: int) -> Match:
+    def best(self, query: NDArray[np.float32], positions: Positions, k: int) -> Match:
+        """The k best of some rows for a query (d,), scored as `search` does; may raise as it."""
         wide = query.astype(np.float64)
         parts = [
             (self.vectors(positions[start : start + CHUNK]) * wide).sum(axis=1)
