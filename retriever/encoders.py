@@ -201,9 +201,12 @@ class OnnxEncoder:
         The digests stand in `config.json`, written at export, and every file is held against its
         own when it is loaded. So the fingerprint costs no reading of 30 MB at each query, and a
         swapped file still cannot pass for the one that made the stored embeddings. A model that
-        was prepared has that of the model in torch, whose embeddings are the same.
+        was prepared has that of the model in torch, whose embeddings are the same, as long as its
+        description is the one that it was prepared with: see `standing_for`.
         """
-        return self.config.get("stands_for") or fingerprint_of(self.config)
+        own = fingerprint_of(self.config)
+        other: dict[str, str] = self.config.get("stands_for", {})
+        return other["fingerprint"] if other.get("own") == own else own
 
     @cached_property
     def _tokenizer(self) -> "Tokenizer":
@@ -287,7 +290,7 @@ class OnnxEncoder:
         except OSError as exc:
             raise EncoderError(f"{path} cannot be read ({exc.strerror}): {_WAY_OUT}") from exc
         except ValueError:  # an empty file cannot be mapped
-            found = ""
+            found = digest(b"")
         if found != self.config["files"].get(file):
             raise EncoderError(f"{path} is not the file that config.json describes: {_WAY_OUT}")
 
@@ -556,7 +559,8 @@ def read_config(folder: Path) -> dict[str, Any]:
                 raise EncoderError(f"{path}: {key!r} must be one of {', '.join(known)}")
         if config["text"].get("clean") not in (None, *CLEANINGS):
             raise EncoderError(f"{path}: 'clean' must be one of {', '.join(CLEANINGS)}")
-        if not isinstance(config.get("stands_for", ""), str):
+        other = config.get("stands_for", {"fingerprint": "", "own": ""})
+        if not all(isinstance(other[key], str) for key in ("fingerprint", "own")):
             raise EncoderError(f"{path}: 'stands_for' is no fingerprint: {_WAY_OUT}")
     except OSError as exc:
         raise EncoderError(f"{folder} holds no model: config.json cannot be read") from exc
@@ -571,6 +575,11 @@ def fingerprint_of(config: Mapping[str, Any]) -> str:
     """32 hexadecimal digits over all that decides an embedding; names and notes may change."""
     deciding = {key: config[key] for key in ("dim", "image", "text", "files")}
     return digest(json.dumps(deciding, sort_keys=True).encode())
+
+
+def standing_for(config: Mapping[str, Any], fingerprint: str) -> dict[str, str]:
+    """What says in `config` that its embeddings are those of the model of another fingerprint."""
+    return {"fingerprint": fingerprint, "own": fingerprint_of(config)}
 
 
 def digest(contents: "bytes | mmap") -> str:

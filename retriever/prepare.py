@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retriever.cleaning import CLEANINGS, cleaned
-from retriever.encoders import Encoder, OnnxEncoder, digest
+from retriever.encoders import Encoder, OnnxEncoder, digest, standing_for
 from retriever.errors import EncoderError, UsageError
 from retriever.export import (
     MAX_COSINE_ERROR,
@@ -207,7 +207,6 @@ def _write(encoder: OpenClipEncoder, folder: Path, *, float16: bool) -> None:
     config = {
         "name": encoder.name,
         "dim": encoder.dim,
-        "stands_for": encoder.fingerprint,
         "image": {
             "size": image.size,
             "resize": image.resize,
@@ -219,6 +218,7 @@ def _write(encoder: OpenClipEncoder, folder: Path, *, float16: bool) -> None:
         # `find_prepared` sees by these that the model has changed since.
         "source": file_states(os.fspath(path.resolve()) for path in encoder.files),
     }
+    config["stands_for"] = standing_for(config, encoder.fingerprint)
     _save_config(folder, config)
 
 
