@@ -154,6 +154,9 @@ def index(
     if report.interrupted:
         click.echo(f"Interrupted. {kept}", err=True)
         click.get_current_context().exit(128 + stop())
+    if stop():  # while it was optimised, when all was indexed
+        click.echo("Interrupted: all is indexed, but searches are no faster yet.", err=True)
+        click.get_current_context().exit(128 + stop())
     if report.failed:
         click.get_current_context().exit(SOME_FILES_FAILED)
 

@@ -56,6 +56,10 @@ SHARES = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100)
 TIMED = 100  # queries that settings are timed with
 
 
+class UnsuitableError(ValueError):
+    """No approximate index can be built: of so few vectors, of such ones, in so little memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How some rows should be searched, and in one sentence why.
@@ -88,15 +92,15 @@ def choose(rows: int, dim: int, memory_bytes: int | None = None) -> Choice:
         return Choice(0, 0, 0, f"{scan}; below {limit:,.0f} exact search takes milliseconds")
     try:
         plan = _plan(rows, dim, memory_bytes)
-    except ValueError as error:
+    except UnsuitableError as error:
         return Choice(0, 0, 0, f"{scan}, but {error}")
     return Choice(plan.lists, plan.dims, plan.sample, f"{scan}: {plan.why}")
 
 
 def _plan(rows: int, dim: int, memory_bytes: int | None) -> Choice:
-    """The index for so many rows; raises ValueError, with numbers, if none fits."""
+    """The index for so many rows; raises UnsuitableError, with numbers, if none fits."""
     if rows < LEAST_ROWS:
-        raise ValueError(f"{rows:,} vectors are too few for an approximate index")
+        raise UnsuitableError(f"{rows:,} vectors are too few for an approximate index")
     # With 4 √n lists the nearest centres are found, and 1 % of the rows scanned, in as much time.
     # Twice as many take twice as long to build; half as many, a third longer to search for a text.
     lists = 1 << round(np.log2(4 * np.sqrt(rows)))
@@ -107,7 +111,7 @@ def _plan(rows: int, dim: int, memory_bytes: int | None) -> Choice:
             dims -= STEP
         if not dims:
             least = _size(rows, dim, lists, STEP)
-            raise ValueError(
+            raise UnsuitableError(
                 f"the smallest index takes {least / 1e6:,.1f} MB, more than the "
                 f"{memory_bytes / 1e6:,.1f} MB allowed"
             )
@@ -185,7 +189,7 @@ class ApproximateIndex:
             The index, or None if `stop` said so.
 
         Raises:
-            ValueError: there are too few vectors, or they are all alike, or no index fits into
+            UnsuitableError: there are too few vectors, or they are all alike, or no index fits into
                 `memory_bytes`.
             IndexFileError: a vector cannot be read.
         """
@@ -315,7 +319,8 @@ def tune(
     *,
     k: int = 10,
     target: float = 0.99,
-) -> Direction:
+    stop: Callable[[], bool] | None = None,
+) -> Direction | None:
     """The cheapest setting that finds at least `target` of the exact k best, with measurements.
 
     The queries should be of the kind that will be asked: captions are not distributed as pictures
@@ -329,6 +334,10 @@ def tune(
         queries: (q, d) float32 unit rows, some hundreds.
         k: results asked for.
         target: least share, in [0, 1].
+        stop: asked between settings, each of which takes as long as a search of all queries.
+
+    Returns:
+        The setting, or None if `stop` said so.
 
     Raises:
         ValueError: there are no queries.
@@ -337,8 +346,15 @@ def tune(
     if not len(queries):
         raise ValueError("an approximate index is tuned with real queries: there are none")
     truth = [match.ids for match in exact.search(queries, k)]
-    good, best = _settings(index, queries, truth, k, target)
-    costs = {setting: _cost(index, exact, queries[:TIMED], k, setting) for setting in good}
+    stopped = stop if stop is not None else lambda: False
+    good, best = _settings(index, queries, truth, k, target, stopped)
+    costs = {
+        setting: _cost(index, exact, queries[:TIMED], k, setting)
+        for setting in good
+        if not stopped()
+    }
+    if stopped():
+        return None
     setting, overlap = best, -1.0
     for candidate in sorted(costs, key=costs.__getitem__):
         # Once more as it will be searched: the order among equal codes depends on the count.
@@ -369,6 +385,7 @@ def _settings(
     truth: Sequence[Ids],
     k: int,
     target: float,
+    stopped: Callable[[], bool],
 ) -> tuple[list[Setting], Setting]:
     """For ascending probes the fewest candidates that reach the target; and the best of all."""
     most = min(max(MOST, int(2 * k)), len(index))
@@ -376,6 +393,8 @@ def _settings(
     good: list[Setting] = []
     best, best_overlap = (index.lists, counts[-1]), -1.0
     for probes in _grid(index.lists):
+        if stopped():
+            break
         found = index.candidates(queries, counts[-1], probes)
         # Of each query the places that the right answers have among its candidates.
         places = [
@@ -468,7 +487,9 @@ def _principal_axes(
     mean = total / len(chosen)
     variances, axes = np.linalg.eigh(products / len(chosen) - np.outer(mean, mean))
     if variances.sum() < LEAST_VARIANCE:
-        raise ValueError(f"{len(exact):,} vectors hardly differ: their variance is less than 1e-6")
+        raise UnsuitableError(
+            f"{len(exact):,} vectors hardly differ: their variance is less than 1e-6"
+        )
     held = np.cumsum(variances[::-1]) / variances.sum()
     needed = int(np.searchsorted(held, VARIANCE)) + 1
     count = min(most, -(-needed // STEP) * STEP)

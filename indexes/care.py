@@ -70,6 +70,9 @@ def _verify_approximate(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind
     if built is None:
         return []
     file = built.file
+    generation, change = rows.version()
+    if file.generation > generation or file.change > change:
+        return [f"{file.name} is of a later generation than the catalogue"]
     try:
         ApproximateIndex.load(path / file.name, dim=model.dim, rows=file.rows, stamp=file.stamp)
     except IndexFileError as error:
@@ -153,6 +156,7 @@ def backup(path: Path, catalogue: Reader, destination: Path) -> None:
                         sync(beside / name)
             copied.use_model()
             _drop_spoilt_files(beside, copied)
+            _drop_useless(beside, copied)
             Writer(beside, copied, 0).finish(all_models=True)
         finally:
             copied.close()
@@ -311,22 +315,27 @@ def _mend_files(path: Path, catalogue: Catalogue) -> Iterator[str]:
             for kind in KINDS
             for problem in _verify_kind(path, state.of_model(model_id), model, kind)
         ]
-        useless = [
-            (model_id, kind, problem)
-            for model_id, model in state.models().items()
-            for kind in KINDS
-            for problem in _verify_approximate(path, state.of_model(model_id), model, kind)
-        ]
-    with catalogue.write() as changes:
-        for model_id, kind, problem in useless:
-            changes.record_approximate(model_id, kind, None)
-            yield f"an approximate index is no longer used: {problem}"
+    yield from _drop_useless(path, catalogue)
     writer = Writer(path, catalogue, 0)
     if broken:
         writer.finish(anew=KINDS, all_models=True)
         yield f"the FAISS files were made anew: {broken[0]}"
     else:
         writer.finish(all_models=True)
+
+
+def _drop_useless(path: Path, catalogue: Catalogue) -> list[str]:
+    """Forget approximate indexes that cannot be used, and say which."""
+    with catalogue.write() as state:
+        found = [
+            (model_id, kind, problem)
+            for model_id, model in state.models().items()
+            for kind in KINDS
+            for problem in _verify_approximate(path, state.of_model(model_id), model, kind)
+        ]
+        for model_id, kind, _ in found:
+            state.record_approximate(model_id, kind, None)
+    return [f"an approximate index is no longer used: {problem}" for _, _, problem in found]
 
 
 def _is_unit(vectors: NDArray[np.float16]) -> NDArray[np.bool_]:

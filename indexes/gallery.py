@@ -7,13 +7,13 @@ beside it; what is gone is struck out of whatever it is found in.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexes.approximate import ApproximateIndex, rerank
-from indexes.records import Direction, IndexFile, Match, Source
+from indexes.records import SOURCES, Direction, IndexFile, Match, Source
 from indexes.vectors import Ids, Mask, VectorIndex, merge
 
 Queries = NDArray[np.float32]
@@ -31,7 +31,7 @@ class Approximate:
 
     def direction(self, source: Source | None, k: int) -> Direction | None:
         """The setting that was proved for k results; of an unknown source, for every source."""
-        sources = list(self.directions) if source is None else [source]
+        sources = SOURCES if source is None else (source,)
         found = [
             next((one for one in self.directions.get(name, ()) if one.k >= k), None)
             for name in sources
@@ -39,7 +39,11 @@ class Approximate:
         proved = [one for one in found if one is not None]
         if not proved or len(proved) < len(found):
             return None
-        return max(proved, key=lambda one: (one.probes, one.candidates))
+        return replace(
+            proved[0],
+            probes=max(one.probes for one in proved),
+            candidates=max(one.candidates for one in proved),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

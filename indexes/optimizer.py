@@ -62,7 +62,7 @@ def build(
         What to record; None if `stop` said so, and nothing is at `path` then.
 
     Raises:
-        ValueError: the memory allowed is too small.
+        UnsuitableError: the memory allowed is too small, or the vectors are all alike.
         OSError: `path` cannot be written.
         IndexFileError: a vector cannot be read.
     """
@@ -77,9 +77,10 @@ def build(
     for source, rows in queries.items():
         directions[source] = []
         for depth in DEPTHS:
-            if stop is not None and stop():
+            tuned = tune(index, exact, rows, k=depth, target=policy.overlap, stop=stop)
+            if tuned is None:
                 return None
-            directions[source].append(tune(index, exact, rows, k=depth, target=policy.overlap))
+            directions[source].append(tuned)
     stamp = index.save(path)
     return ApproximateFile(
         file=IndexFile(path.name, flat.generation, flat.change, len(index), stamp),
@@ -99,7 +100,10 @@ def reason(rows: int, dim: int, policy: SearchPolicy, built: ApproximateFile | N
     if choice.is_exact:
         return choice.why
     if built is None:
-        return f"{choice.why}; `retriever optimize` or the next run of `index` builds it"
+        return (
+            f"{choice.why}; `retriever optimize` or the next run of `index` builds it, unless the "
+            "vectors are all alike"
+        )
     sides = []
     for source, several in built.directions.items():
         first = several[0]

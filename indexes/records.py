@@ -205,7 +205,7 @@ class ApproximateFile:
 
     file: IndexFile
     policy: SearchPolicy
-    kind: str  # such as "IVF4096,RaBitQfs"
+    kind: str  # such as "PCA112,IVF4096,PQ112x4fs"
     memory_bytes: int
     build_seconds: float
     directions: dict[Source, list[Direction]]

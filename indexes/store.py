@@ -444,7 +444,8 @@ class Store:
     def _kind_info(self, rows: Snapshot, kind: Kind) -> KindInfo:
         from indexes.optimizer import reason
 
-        file, built = rows.index_file(kind), rows.approximate_file(kind)
+        file, policy = rows.index_file(kind), rows.policy()
+        built = None if policy.exact else rows.approximate_file(kind)
         count = rows.vector_count(kind)
         approximate: ApproximateInfo | None = None
         if built is not None:
@@ -465,7 +466,7 @@ class Store:
             "tail": rows.vector_count(kind, after=file.change if file is not None else -1),
             "removed": len(rows.removed(kind)),
             "approximate": approximate,
-            "reason": reason(count, self.model.dim, rows.policy(), built),
+            "reason": reason(count, self.model.dim, policy, built),
         }
 
     def policy(self) -> SearchPolicy:
@@ -579,7 +580,13 @@ class Store:
         from indexes.vectors import IndexFileError
 
         built = rows.approximate_file(kind)
-        if built is None:
+        if built is None or rows.policy().exact:
+            return None
+        proved = {
+            source: [one for one in several if is_proved(one, built.policy)]
+            for source, several in built.directions.items()
+        }
+        if not any(proved.values()):
             return None
         if known is not None and known.approximate and known.approximate.file == built.file:
             found = known.approximate.index
@@ -601,10 +608,6 @@ class Store:
             if alive is not None:
                 beside &= alive
             holds = ~beside if alive is None else alive & ~beside
-        proved = {
-            source: [one for one in several if is_proved(one, built.policy)]
-            for source, several in built.directions.items()
-        }
         return Approximate(built.file, found, proved, beside, holds)
 
     def _is_superseded(self, version: tuple[int, int]) -> bool:

@@ -341,7 +341,7 @@ class VectorIndex:
             best = self.best(query, positions[positions >= 0], k)
             # A row that was not fetched scores at most rough[-1] + margin. Where that could still
             # reach the k-th place (many near-equal rows), everything in reach is fetched.
-            if rough[-1] + margin >= best.scores[-1]:
+            if len(best.ids) and rough[-1] + margin >= best.scores[-1]:
                 radius = float(best.scores[-1]) - 2 * self._margin
                 selector = _selector(0, len(self), allowed)
                 _, _, positions = self._flat.range_search(query[None], radius, params=selector)

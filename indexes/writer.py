@@ -6,7 +6,7 @@ Made by `Store.writer`, which holds the store's lock meanwhile.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -256,80 +256,98 @@ class Writer:
             ) from error
         return IndexFile(name, generation + 1, change, len(index), stamp)
 
-    def set_policy(self, policy: SearchPolicy) -> None:
-        """How searches may be answered from now on; `optimize` then acts on it."""
-        with self._transaction() as rows:
-            rows.set_policy(policy)
-
     def optimize(
         self,
         texts: Callable[[], NDArray[np.float32]] | None = None,
         *,
+        policy: SearchPolicy | None = None,
+        anew: bool = False,
         progress: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Kind]:
-        """Have an approximate index of each kind of vector, where that pays by the store's policy.
+        """Have an approximate index of each kind of this model's vectors, where that pays.
 
-        One that is there is built anew when a fifth of its rows changed, or the policy did. It is
-        built of the FAISS file, so `finish` comes first.
+        One that is there is built anew when a fifth of its rows changed, its file is damaged, or
+        the policy is another. It is built of the FAISS file, so `finish` comes first.
 
         Args:
             texts: gives some hundred text queries, (q, d) unit rows, for a library without
                 captions; None: it is tuned by its pictures alone.
+            policy: how the store may search from now on; None: as before.
+            anew: build those that are there as well.
             progress: called with (done, total) rows of each that is built.
-            stop: asked every second or so; once it says yes, what is there stays in use.
+            stop: asked between steps of seconds at most, but for millions of rows; once it says
+                yes, the policy and what was not built anew stay as they were.
 
         Returns:
             The kinds of which an approximate index was built.
 
-        Raises StoreReadOnlyError (disk full, permissions): searches are exact then.
+        Raises StoreReadOnlyError (disk full, permissions): searches go on as before.
         """
         assert self._joined is None, "optimize is a transaction of its own"
+        from indexes.approximate import UnsuitableError
+
+        with self._catalogue.read() as rows:
+            before = rows.policy()
+        policy = policy or before
         done: list[Kind] = []
         for kind in KINDS:
             with self._catalogue.read() as rows:
-                found = rows.models()[rows.model_id]
                 flat, known = rows.index_file(kind), rows.approximate_file(kind)
-                generation, policy = rows.version()[0], rows.policy()
-                is_wanted = flat is not None and self._pays(flat.rows, found.dim, policy)
-                is_current = known is not None and self._still_fits(rows, kind, known, policy)
-                files = {one: rows.index_file(one) for one in KINDS}
-            if flat is None or not is_wanted:
-                if known is not None:
-                    self._record_approximate(kind, None)
-                continue
-            if is_current:
-                continue
-            name = f"{kind}-{self._catalogue.model_id}-{generation + 1:08d}-approximate.faiss"
-            try:
-                built = self._approximate(name, kind, files, policy, texts, progress, stop)
-            except OSError as error:
-                check_there(self._path)
-                raise StoreReadOnlyError(
-                    f"{self._path / name} could not be written ({error.strerror}); nothing is "
-                    "lost, searches stay exact, only slower"
-                ) from error
-            if built is None:
-                break
-            self._record_approximate(kind, built)
-            done.append(kind)
+                is_current = (
+                    not anew and known is not None and self._still_fits(rows, kind, known, policy)
+                )
+            if flat is None or not self._pays(flat.rows, policy):
+                self._give_up_approximate(kind, known)
+            elif not is_current:
+                try:
+                    built = self._approximate(kind, policy, texts, progress, stop)
+                except UnsuitableError:
+                    self._give_up_approximate(kind, known)
+                    continue
+                if built is None:
+                    self._sweep()
+                    return done
+                self._record_approximate(kind, built)
+                done.append(kind)
+        if policy != before:
+            with self._catalogue.write() as state:
+                state.next_generation()
+                state.set_policy(policy)
         self._sweep()
         return done
 
     def _approximate(
         self,
-        name: str,
         kind: Kind,
-        files: Mapping[Kind, IndexFile | None],
         policy: SearchPolicy,
         texts: Callable[[], NDArray[np.float32]] | None,
         progress: Callable[[int, int], None] | None,
         stop: Callable[[], bool] | None,
     ) -> ApproximateFile | None:
         """An approximate index written beside the others, or None if it was stopped."""
+        from indexes.vectors import IndexFileError
+
+        try:
+            return self._built(kind, policy, texts, progress, stop)
+        except IndexFileError:  # the vectors that it is made of are damaged: they come anew
+            self.finish(anew=KINDS)
+            return self._built(kind, policy, texts, progress, stop)
+
+    def _built(
+        self,
+        kind: Kind,
+        policy: SearchPolicy,
+        texts: Callable[[], NDArray[np.float32]] | None,
+        progress: Callable[[int, int], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> ApproximateFile | None:
         from indexes.optimizer import build, sample
         from indexes.vectors import VectorIndex
 
+        with self._catalogue.read() as rows:
+            generation = rows.version()[0]
+            files = {one: rows.index_file(one) for one in KINDS}
         loaded: dict[Kind, VectorIndex] = {
             one: VectorIndex.load(
                 self._path / file.name, dim=self._dim, rows=file.rows, stamp=file.stamp
@@ -346,27 +364,37 @@ class Writer:
             queries["image"] = sample(loaded["image"])
         flat = files[kind]
         assert flat is not None
-        return build(
-            self._path / name,
-            loaded[kind],
-            flat,
-            queries,
-            policy,
-            progress=progress,
-            stop=stop,
-        )
+        name = f"{kind}-{self._catalogue.model_id}-{generation + 1:08d}-approximate.faiss"
+        try:
+            return build(
+                self._path / name,
+                loaded[kind],
+                flat,
+                queries,
+                policy,
+                progress=progress,
+                stop=stop,
+            )
+        except OSError as error:
+            check_there(self._path)
+            raise StoreReadOnlyError(
+                f"{self._path / name} could not be written ({error.strerror}); nothing is lost, "
+                "searches go on as before"
+            ) from error
+
+    def _give_up_approximate(self, kind: Kind, known: ApproximateFile | None) -> None:
+        if known is not None:
+            self._record_approximate(kind, None)
 
     def _record_approximate(self, kind: Kind, built: ApproximateFile | None) -> None:
         with self._catalogue.write() as state:
             state.next_generation()  # those who have the store open look again
             state.record_approximate(self._catalogue.model_id, kind, built)
 
-    def _pays(self, rows: int, dim: int, policy: SearchPolicy) -> bool:
-        if policy.exact:
-            return False
+    def _pays(self, rows: int, policy: SearchPolicy) -> bool:
         from indexes.approximate import choose
 
-        return not choose(rows, dim, policy.memory_bytes).is_exact
+        return not policy.exact and not choose(rows, self._dim, policy.memory_bytes).is_exact
 
     def _still_fits(
         self, rows: Snapshot, kind: Kind, known: ApproximateFile, policy: SearchPolicy
@@ -374,7 +402,21 @@ class Writer:
         beside = rows.vector_count(kind, after=known.file.change)
         gone = known.file.rows + beside - rows.vector_count(kind)
         is_outgrown = beside + gone > OUTGROWN * known.file.rows
-        return known.policy == policy and not is_outgrown and self._is_there(known.file)
+        if known.policy != policy or is_outgrown:
+            return False
+        from indexes.approximate import ApproximateIndex
+        from indexes.vectors import IndexFileError
+
+        try:
+            ApproximateIndex.load(
+                self._path / known.file.name,
+                dim=self._dim,
+                rows=known.file.rows,
+                stamp=known.file.stamp,
+            )
+        except IndexFileError:
+            return False
+        return True
 
     def compact(self) -> None:
         """Strike what was removed out of every file and give its space back to the disk.

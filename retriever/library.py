@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Self
 from indexes.errors import StoreLockedError, StoreReadOnlyError, WrongModelError
 from indexes.files import absolute
 from indexes.records import DEFAULT_OVERLAP, ModelSpec, SearchPolicy
-from retriever.errors import UsageError
+from retriever.errors import EncoderError, MissingExtraError, UsageError
 from retriever.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -228,7 +228,8 @@ class Library:
         try:
             with self._store.writer() as writer:
                 writer.optimize(self._phrases, progress=optimizing, stop=stop)
-        except (StoreLockedError, StoreReadOnlyError) as error:  # searches are exact, only slower
+        except (StoreLockedError, StoreReadOnlyError, EncoderError, MissingExtraError) as error:
+            # What was indexed is: searches go on as before, only slower.
             return replace(report, problems=(*report.problems, str(error)))
         return report
 
@@ -241,7 +242,9 @@ class Library:
         progress: Progress | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[Kind]:
-        """Says how the library may be searched, and builds the approximate index that this takes.
+        """Says how the library may be searched, and builds anew the approximate index it takes.
+
+        That index is of the model that the library was opened with; what is said holds for all.
 
         By itself a library is searched exactly while that takes milliseconds. A larger one gets an
         approximate index, which is tuned with the library's own captions and pictures and is used
@@ -252,21 +255,25 @@ class Library:
             memory_bytes: what the index of pictures, and that of captions, may take.
             overlap: least share, on average, of the exact 10 best that must be found.
             progress: called with (done, total) vectors.
-            stop: asked every second or so; once it says yes, all stays as it was.
+            stop: asked every few seconds; once it says yes, the terms stay as they were.
 
         Returns:
             The kinds of which an index was built, "image" and "caption".
 
         Raises:
             StoreLockedError: another process is writing.
-            StoreReadOnlyError: the index cannot be written; searches stay exact.
+            StoreReadOnlyError: the index cannot be written; searches go on as before.
+            EncoderError, MissingExtraError: a library without captions is tuned with texts, for
+                which its model cannot be had.
         """
         if not 0 < overlap <= 1:
             raise UsageError(f"an overlap is a share above 0 and up to 1, not {overlap}")
+        policy = SearchPolicy(exact, memory_bytes, overlap)
         with self._store.writer() as writer:
             writer.finish()
-            writer.set_policy(SearchPolicy(exact, memory_bytes, overlap))
-            return writer.optimize(self._phrases, progress=progress, stop=stop)
+            return writer.optimize(
+                self._phrases, policy=policy, anew=True, progress=progress, stop=stop
+            )
 
     def _phrases(self) -> NDArray[np.float32]:
         from retriever.phrases import phrases

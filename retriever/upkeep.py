@@ -296,17 +296,26 @@ def compact(library_path: Path, as_json: bool) -> None:
     help="Least share of the exact 10 best that must be found, on average.",
 )
 @click.option("--exact", is_flag=True, help="Search exactly, whatever the size.")
+@model_option(None, "One of the library's models.", show_default="its default one")
 @library_option
+@encoder_options
 @json_option
 def optimize(
-    memory: int | None, overlap: float | None, exact: bool, library_path: Path, as_json: bool
+    memory: int | None,
+    overlap: float | None,
+    exact: bool,
+    model: str | None,
+    library_path: Path,
+    device: str,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Decide how a library is searched, and measure it.
 
     While an exact search takes milliseconds nothing is built. A larger library gets an approximate
     index, as it does at the end of `index`: tuned with its own captions and pictures, used only
-    where it finds what --overlap asks for, and sooner. What is said here holds from now on; without
-    options the library decides.
+    where it finds what --overlap asks for, and sooner. It is of one model's vectors. What is said
+    here holds for all of them from now on; without options the library decides.
 
     \b
     Examples:
@@ -314,7 +323,7 @@ def optimize(
       retriever optimize --memory 2GB --overlap 0.995
       retriever optimize --exact
     """
-    with open_library(library_path) as library, stopping() as stop:
+    with open_library(library_path, device, threads, model) as library, stopping() as stop:
         if_interrupted("Searches go on as before; the same command starts anew.")
         with Progress("Optimising", "vectors") as progress:
             built = library.optimize(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,10 +15,12 @@ import indexes.approximate as approximate
 import indexes.optimizer as optimizer
 from indexes.care import repair
 from indexes.errors import StoreReadOnlyError
+from indexes.gallery import Approximate
 from indexes.records import CaptionRow, Direction, ItemWrite, ModelSpec, SearchPolicy
 from indexes.store import Store
 
 DIM, ROWS = 32, 4_000
+IS_PROVED = optimizer.is_proved  # tests of searches leave the clock out
 Vectors = NDArray[np.float32]
 
 
@@ -229,8 +232,7 @@ def test_removing_most_pictures_makes_search_exact_again(large: Store) -> None:
 def test_the_policy_decides(large: Store) -> None:
     def under(policy: SearchPolicy) -> list[str]:
         with large.writer() as writer:
-            writer.set_policy(policy)
-            return list(writer.optimize())
+            return list(writer.optimize(policy=policy))
 
     assert under(SearchPolicy(exact=True)) == []
     assert files(large) == []
@@ -245,13 +247,12 @@ def test_the_policy_decides(large: Store) -> None:
 
 
 def test_a_setting_that_finds_too_little_is_not_used(large: Store, monkeypatch) -> None:
-    def poor(index, exact, queries, *, k, target):
+    def poor(index, exact, queries, *, k, target, stop):
         return Direction(k, 1, k, 0.5, 0.1, 1.0, len(queries))
 
     monkeypatch.setattr(optimizer, "tune", poor)
     with large.writer() as writer:
-        writer.set_policy(SearchPolicy(overlap=0.95))
-        assert writer.optimize() == ["image", "caption"]
+        assert writer.optimize(policy=SearchPolicy(overlap=0.95)) == ["image", "caption"]
     assert not approximates(large)
     assert "50.0 % of the 10 best, so exact after all" in large.info()["index"]["image"]["reason"]
 
@@ -264,8 +265,7 @@ def test_without_captions_texts_are_given_or_searched_exactly(store: Store) -> N
     [exact] = store.search("image", pictures(1, 3), 10, exact=True)
     assert ours.ids.tolist() == exact.ids.tolist()
     with store.writer() as writer:
-        writer.set_policy(SearchPolicy(overlap=0.98))
-        writer.optimize(lambda: pictures(100, seed=4))
+        writer.optimize(lambda: pictures(100, seed=4), policy=SearchPolicy(overlap=0.98))
     assert sorted(store.info()["index"]["image"]["approximate"]["directions"]) == ["image", "text"]
 
 
@@ -320,12 +320,10 @@ def test_a_reader_follows_what_another_process_optimises(large: Store) -> None:
     with closing(Store.open(large.path, read_only=True)) as reader:
         assert approximates(reader)
         with large.writer() as writer:
-            writer.set_policy(SearchPolicy(exact=True))
-            writer.optimize()
+            writer.optimize(policy=SearchPolicy(exact=True))
         assert not approximates(reader)
         with large.writer() as writer:
-            writer.set_policy(SearchPolicy())
-            writer.optimize()
+            writer.optimize(policy=SearchPolicy())
         assert approximates(reader)
 
 
@@ -358,7 +356,107 @@ def test_an_index_that_cannot_be_written_is_told_and_search_stays_exact(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(approximate.ApproximateIndex, "save", full)
-    with pytest.raises(StoreReadOnlyError, match=r"No space left on device.*searches stay exact"):
+    with pytest.raises(
+        StoreReadOnlyError, match=r"No space left on device.*searches go on as before"
+    ):
         optimize(store)
     assert not approximates(store)
     assert store.verify() == []
+
+
+def test_vectors_that_are_all_alike_stay_exact(store: Store) -> None:
+    same = np.tile(pictures(1), (ROWS, 1))
+    write(store, same)
+    assert optimize(store) == []
+    assert store.info()["index"]["image"]["approximate"] is None
+    assert len(store.search("image", same[:1], 5, source="image")[0].ids) == 5
+
+
+def test_a_damaged_faiss_file_is_made_anew_before_it_is_built_on(store: Store) -> None:
+    write(store, pictures(ROWS))
+    [flat] = store.path.glob("image-*.faiss")
+    content = bytearray(flat.read_bytes())
+    content[len(content) // 2] ^= 1
+    flat.unlink()
+    flat.write_bytes(content)
+    with closing(Store.open(store.path)) as again:
+        assert optimize(again) == ["image"]
+        assert again.verify() == []
+        assert overlap(again, pictures(50, seed=3), source="image") >= 0.97
+
+
+def test_optimise_mends_an_index_that_is_damaged(large: Store) -> None:
+    path = files(large)[-1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    with closing(Store.open(large.path)) as store:
+        assert len(store.verify()) == 1
+        assert optimize(store) == ["image"]
+        assert store.verify() == []
+
+
+def test_an_index_of_a_later_state_than_the_catalogue_is_found_and_dropped(large: Store) -> None:
+    path = large.path / "catalogue.sqlite"
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE approximate_files SET change = change + 1000")
+    assert any("of a later generation than the catalogue" in one for one in large.verify())
+    large.close()
+    assert any("no longer used" in one for one in repair(large.path))
+    with closing(Store.open(large.path)) as store:
+        ids = write(store, pictures(20, seed=9), start=ROWS)
+        found = store.search("image", pictures(20, seed=9), 1, source="image")
+        assert [match.ids[0] for match in found] == ids
+
+
+def test_exact_search_holds_for_every_model(large: Store) -> None:
+    with (
+        closing(Store.open(large.path, ModelSpec("other", DIM, "other"), add_model=True)) as other,
+        other.writer() as writer,
+    ):
+        writer.optimize(policy=SearchPolicy(exact=True))
+    with closing(Store.open(large.path)) as store:
+        assert not approximates(store)
+        assert store.info()["index"]["image"]["approximate"] is None
+
+
+def test_a_stopped_run_leaves_the_policy_as_it_was(large: Store) -> None:
+    with large.writer() as writer:
+        writer.optimize(policy=SearchPolicy(overlap=0.5), stop=lambda: True)
+    assert large.policy() == SearchPolicy()
+    assert approximates(large)
+
+
+def test_a_copy_without_the_file_of_its_index_has_no_record_of_it(
+    large: Store, tmp_path: Path
+) -> None:
+    files(large)[-1].unlink()  # as if a writer had replaced it while the copy was made
+    large.backup(tmp_path / "copy.lib")
+    with closing(Store.open(tmp_path / "copy.lib")) as copy:
+        assert copy.verify() == []
+        assert copy.info()["index"]["image"]["approximate"] is None
+
+
+def test_queries_of_an_unknown_source_take_what_serves_every_source() -> None:
+    few = Direction(10, 8, 400, 1, 1, 2, 9)
+    many = Direction(10, 16, 50, 1, 1, 2, 9)
+    both = Approximate(None, None, {"text": [few], "image": [many]}, None, None)  # type: ignore[arg-type]
+    assert both.direction("text", 10) == few
+    assert both.direction("image", 3) == many
+    assert both.direction("image", 11) is None
+    mixed = both.direction(None, 10)
+    assert mixed is not None
+    assert (mixed.probes, mixed.candidates) == (16, 400)
+    pictures_only = Approximate(None, None, {"image": [many]}, None, None)  # type: ignore[arg-type]
+    assert pictures_only.direction(None, 10) is None
+    assert pictures_only.direction("text", 10) is None
+
+
+@pytest.mark.parametrize(
+    ("overlap", "p50", "is_used"), [(0.99, 1.0, True), (0.98, 1.0, False), (0.99, 3.0, False)]
+)
+def test_what_finds_too_little_or_takes_longer_is_not_proved(
+    overlap: float, p50: float, is_used: bool
+) -> None:
+    assert IS_PROVED(Direction(10, 1, 10, overlap, p50, 2.0, 9), SearchPolicy()) == is_used
