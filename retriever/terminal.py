@@ -50,17 +50,26 @@ class Commands(click.Group):
         # as often as Python does by default, takes a twentieth of a search.
         gc.set_threshold(50_000)
         status = 0
+        fault: OSError | None = None
+        _open_closed_streams()
         try:
             super().main(args, *rest, **extra)
         except SystemExit as exc:
             status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-        with suppress(BrokenPipeError):  # the reader, such as `head`, has had enough
+        except OSError as exc:  # from what is printed before a command runs, such as --version
+            if exc.errno != errno.ENOSPC:
+                raise
+            fault = exc
+        with suppress(OSError):  # the reader, such as `head`, has had enough
             sys.stderr.flush()
-            try:
-                sys.stdout.flush()
-            except OSError as exc:
-                click.echo(f"Error: the output could not be written: {exc.strerror}", err=True)
-                status = status or 1
+        try:
+            sys.stdout.flush()
+        except OSError as exc:
+            fault = exc if status != 1 else None  # or it has been told
+        if fault:
+            status = status or 1
+            with suppress(OSError):
+                click.echo(f"Error: the output could not be written: {fault.strerror}", err=True)
         # All that is written is closed. To take the libraries apart that were loaded would take a
         # tenth of a search.
         os._exit(status)
@@ -104,6 +113,14 @@ class Commands(click.Group):
             if exc.filename is None:
                 raise
             raise click.ClickException(f"{exc.filename}: {exc.strerror}") from exc
+
+
+def _open_closed_streams() -> None:
+    """Sends nowhere what is said where the shell has closed the stream (`>&-`)."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
+            setattr(sys, name, nowhere)
 
 
 def if_interrupted(kept: str) -> None:
@@ -233,7 +250,10 @@ class ByteSize(click.ParamType):  # type: ignore[type-arg]  # generic since clic
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
         if not found or found[2] not in self._UNITS:
             self.fail(f"{value!r} is no size such as 500MB or 2GB", param, ctx)
-        return int(float(found[1]) * self._UNITS[found[2]])
+        size = float(found[1]) * self._UNITS[found[2]]
+        if size >= 1 << 63:  # what files and systems can count
+            self.fail("no machine has that much", param, ctx)
+        return int(size)
 
 
 def encoder_options(command: Command) -> Command:

@@ -408,6 +408,8 @@ def test_optimize_sets_how_a_library_is_searched(pictures: Path, tmp_path: Path)
     [
         (["--memory", "much"], "'much' is no size such as 500MB or 2GB"),
         (["--memory", "5 parsecs"], "is no size"),
+        (["--memory", "9" * 18 + "GB"], "no machine has that much"),
+        (["--memory", "9" * 400 + "GB"], "no machine has that much"),
         (["--overlap", "0"], "0"),
         (["--overlap", "1.5"], "1.5"),
     ],
@@ -620,9 +622,26 @@ def test_a_program_ends_with_the_status_of_its_command(arguments: list[str], sta
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
-def test_results_that_cannot_be_written_are_a_failure(library: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["search", "red"], ["models"], ["--version"], ["--help"]])
+def test_results_that_cannot_be_written_are_a_failure(
+    library: Path, arguments: list[str], unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    monkeypatch.setenv("RETRIEVER_LIBRARY", str(library))
     with Path("/dev/full").open("wb") as full:
-        result = as_program("search", "red", "--library", library, stdout=full)
+        result = as_program(*arguments, stdout=full)
     assert result.returncode == 1
-    assert b"No space left on device" in result.stderr
-    assert b"Traceback" not in result.stderr
+    said = result.stderr.decode()
+    assert said.count("\n") == said.count("No space left on device") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_program_whose_streams_are_closed_does_its_work(library: Path, closed: str) -> None:
+    for arguments in ("--version", f"info --json --library '{library}'"):
+        program = f"'{sys.executable}' -c 'import cli; cli.main()' {arguments} {closed}"
+        result = subprocess.run(program, shell=True, cwd=ROOT, check=False, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == b""
+        assert bool(result.stdout) == (closed == "2>&-")
