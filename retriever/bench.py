@@ -28,7 +28,7 @@ from indexes.store import Store
 from retriever import metrics
 from retriever.data import read_image
 from retriever.encoders import Encoder
-from retriever.errors import PictureError, UsageError, printable
+from retriever.errors import PictureError, RetrieverError, UsageError, printable
 from retriever.library import Library
 from retriever.machine import describe, environment, load_average, percentiles
 from retriever.preprocessing import Preprocessing
@@ -85,6 +85,7 @@ def measure(
         StoreError: the library cannot be opened for reading.
         EncoderError: its model cannot be loaded.
         UsageError: it holds no picture that can be read.
+        RetrieverError: a search in a process of its own fails.
     """
     if path is not None:
         with Store.open(path, read_only=True) as store:
@@ -293,15 +294,29 @@ def _uses_gpu() -> bool:
 
 
 def _cold_starts(library: Path, text: str, left: Callable[[], bool]) -> dict[str, Any]:
-    """Wall and CPU time of whole `retriever search` commands."""
-    command = [sys.executable, "-c", _COMMAND, json.dumps(sys.path)]
+    """Wall and CPU time of whole `retriever search` commands; RetrieverError if one fails."""
+    # Nothing is imported from the folder that it is called in.
+    folders = [*filter(None, sys.path), str(Path(__file__).parents[1])]
+    command = [sys.executable, "-P", "-c", _COMMAND, json.dumps(folders)]
     command += ["search", "--library", str(library), "--json", "--", text]
     walls: list[float] = []
     cpus: list[float] = []
     while len(walls) < MIN_RUNS or (left() and len(walls) < MAX_RUNS):
         before, wall = os.times(), time.perf_counter()
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+        done = subprocess.run(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
         walls.append(time.perf_counter() - wall)
+        if done.returncode:
+            raise RetrieverError(
+                f"`retriever search`, to be timed, ended with status {done.returncode}:"
+                f" {' '.join(done.stderr.split())[-500:]}"
+            )
         after = os.times()
         cpus.append(
             after.children_user

@@ -13,7 +13,7 @@ from cli import main
 from indexes.errors import StoreNotFoundError
 from indexes.store import ModelSpec, Store
 from retriever import Library, bench
-from retriever.errors import UsageError
+from retriever.errors import RetrieverError, UsageError
 from retriever.machine import environment
 from retriever.preprocessing import Preprocessing
 
@@ -132,6 +132,19 @@ def test_pictures_that_went_bad_are_left_out(tmp_path: Path, library: Path) -> N
     assert ready[0].size == (8, 8)
     with pytest.raises(UsageError, match="none of 1 pictures"):
         bench._decode([bad], EIGHT, lambda: True)
+
+
+def test_the_timed_command_imports_nothing_from_the_current_folder(
+    tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('a file of the folder was run')")
+    monkeypatch.chdir(tmp_path)
+    assert bench._cold_starts(library, "shades", lambda: False)["runs"] == bench.MIN_RUNS
+
+
+def test_a_timed_command_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(RetrieverError, match=r"ended with status 1: Error: there is no library"):
+        bench._cold_starts(tmp_path / "none.lib", "shades", lambda: False)
 
 
 # ── in words ─────────────────────────────────────────────────────────────────────────────────────
