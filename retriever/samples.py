@@ -91,6 +91,7 @@ def fill_array(
     *,
     piece: int,
     settle: Callable[[list[Any]], None] = lambda _: None,
+    settled: Callable[[], bool] = lambda: True,
 ) -> None:
     """Write the .npy file `path`, unless it is there, so that a killed run can be gone on with.
 
@@ -105,6 +106,7 @@ def fill_array(
         make: (m,) row numbers → their rows, and something to note, as JSON can hold it.
         piece: rows at a time.
         settle: called with the notes of all pieces before the file gets its name.
+        settled: whether what `settle` made is there; without it the file counts as absent.
     """
     part, record = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.record")
     starts = range(0, shape[0], piece)
@@ -113,8 +115,9 @@ def fill_array(
     np.lib.format.write_array_header_1_0(header, described)
     row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
     with _alone(path.with_name(f"{path.name}.lock")):
-        if path.is_file():
+        if path.is_file() and settled():
             return
+        path.unlink(missing_ok=True)
         lines = record.read_bytes().splitlines(keepends=True) if record.is_file() else []
         kept: list[bytes] = []
         with part.open("r+b" if part.is_file() else "w+b") as file:
@@ -233,7 +236,6 @@ class Pictures:
         if path.is_file() and done.is_file():
             faults = _look_again(pairs, size, path, done)
         else:
-            path.unlink(missing_ok=True)
             fill_array(
                 path,
                 (len(pairs), size, size, 3),
@@ -241,6 +243,7 @@ class Pictures:
                 partial(_decode, pairs, size),
                 piece=_PIECE,
                 settle=lambda notes: _replace(done, dict(ChainMap(*notes))),
+                settled=done.is_file,
             )
             faults = json.loads(done.read_text("utf-8"))
         for fault in faults.values():

@@ -206,6 +206,32 @@ def test_after_a_kill_only_the_pictures_of_the_last_piece_are_decoded_again(tmp_
     assert np.array_equal(found.pixels, fresh.pixels)
 
 
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+def test_what_another_finishes_meanwhile_is_kept_and_half_of_it_made_again(
+    suffix, tmp_path, monkeypatch
+):
+    pairs = pictures(tmp_path / "d", 3)
+    first = Pictures(pairs, 4, tmp_path / "c", print)
+    (lost,) = (tmp_path / "c").glob(f"pixels-*.{suffix}")
+    content, mended = lost.read_bytes(), []
+    lost.unlink()
+
+    def wait(path, plain=samples._alone):
+        mended.append(lost.write_bytes(content))
+        return plain(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples, "_alone", wait)
+        patch.setattr(samples, "_decode", lambda *_: pytest.fail("made again"))
+        again = Pictures(pairs, 4, tmp_path / "c", print)
+    assert mended
+    lost.unlink()
+    anew = Pictures(pairs, 4, tmp_path / "c", print)
+    for found in (again, anew):
+        assert np.array_equal(found.pixels, first.pixels)
+    assert lost.read_bytes() == content
+
+
 def test_only_pictures_that_could_not_be_read_are_looked_at_again(tmp_path, monkeypatch):
     pairs = pictures(tmp_path / "d", 10)
     for name in ("3", "7"):
