@@ -119,8 +119,7 @@ def _open_closed_streams() -> None:
     """Sends nowhere what is said where the shell has closed the stream (`>&-`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
-            setattr(sys, name, nowhere)
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8", errors="replace"))
 
 
 def if_interrupted(kept: str) -> None:
