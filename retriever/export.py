@@ -35,7 +35,7 @@ from retriever.encoders import CheckpointEncoder, Encoder, OnnxEncoder, digest, 
 from retriever.errors import EncoderError
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 # Largest 1 - cosine between a row of torch and of ONNX Runtime that an export may show.
 MAX_COSINE_ERROR = 1e-3
@@ -377,18 +377,24 @@ def lay_apart(path: Path) -> Path:
     _replace(model.graph.input, inputs)
     model.graph.initializer.extend(weights)
     _replace(model.opset_import, [one for one in model.opset_import if not one.domain])
+    beside = save_apart(model, path, least_bytes=SMALL)
+    onnx.checker.check_model(path)
+    return beside
+
+
+def save_apart(model: "ModelProto", path: Path, *, least_bytes: int) -> Path:
+    """Save a model with its larger tensors in a file beside it, `text.weights`, which is given."""
+    import onnx
+    from onnx.external_data_helper import set_external_data
+
     beside = path.with_suffix(".weights")
     beside.unlink(missing_ok=True)  # would be added to
-    onnx.save(
-        model,
-        path,
-        save_as_external_data=True,
-        all_tensors_to_one_file=True,
-        location=beside.name,
-        size_threshold=SMALL,
-    )
+    # Not by the option of `save`: that fails where the working folder has a file of this name.
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) >= least_bytes:
+            set_external_data(tensor, beside.name)
+    onnx.save(model, path)
     shutil.copymode(path, beside)  # onnx lets nobody else read it
-    onnx.checker.check_model(path)
     return beside
 
 

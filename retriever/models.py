@@ -18,6 +18,9 @@ MINI_FOLDER = Path(__file__).parent / "mini"
 # Where `retriever models prepare` puts models; else in the user's data folder.
 MODELS_VARIABLE = "RETRIEVER_MODELS"
 
+# Changes when models that were prepared before must not be used any more.
+FORMAT = 2
+
 Recall = Mapping[str, Mapping[str, float]]
 
 
@@ -144,13 +147,25 @@ def prepared_folder(name: str) -> Path:
 
 
 def find_prepared(name: str) -> Path | None:
-    """The folder of a prepared model, if there is one and its source is as it was then."""
+    """The folder of a prepared model, if there is one, made as it is made now, of this source."""
     folder = prepared_folder(name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return folder if file_states(config["source"]) == config["source"] else None
+        is_current = (
+            config["made"]["format"] == FORMAT and file_states(config["source"]) == config["source"]
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    return folder if is_current else None
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder's description is that of a prepared model, of any format."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return isinstance(config["made"], dict) and isinstance(config["source"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def file_states(files: Iterable[str]) -> dict[str, list[int]]:
@@ -173,8 +188,8 @@ def _prepared_models() -> Iterator[ModelInfo]:
     folder = models_folder()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         found = None if path.name.startswith(".") else _folder_info(path, "onnx")
-        if found:
-            yield replace(found, name=_name_in(path), kind="open_clip", prepared=True)
+        if found and find_prepared(name := _name_in(path)) == path:
+            yield replace(found, name=name, kind="open_clip", prepared=True)
 
 
 def _name_in(folder: Path) -> str:

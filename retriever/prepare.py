@@ -16,8 +16,11 @@ A causal text tower reads as many tokens as a text has; the others are padded as
 
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import copy
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -35,8 +38,9 @@ from retriever.export import (
     cosine_error,
     export_tower,
     patches,
+    save_apart,
 )
-from retriever.models import file_states, find_prepared, prepared_folder
+from retriever.models import FORMAT, file_states, find_prepared, is_prepared, prepared_folder
 from retriever.openclip import CONFIG_FILE, OpenClipEncoder
 
 if TYPE_CHECKING:
@@ -44,8 +48,9 @@ if TYPE_CHECKING:
 
 Check = Callable[[Encoder, Encoder], None]
 
-# Changes when files made before must not be used any more.
-FORMAT = 1
+_FILES = ("image.onnx", "image.weights", "text.onnx", "text.weights", "tokenizer.json")
+# Nobody takes so long: what has lain there since is of a run that was cut off.
+_CUT_OFF_SECONDS = 24 * 3600
 # Largest 1 - cosine between a row of torch and of the prepared model, in float32.
 MAX_ERROR = 1e-5
 # Points of recall by which a prepared model may differ.
@@ -85,7 +90,8 @@ def prepare(
     """Write `image.onnx`, `text.onnx`, their weights, `tokenizer.json` and `config.json`.
 
     What is prepared already, whole and from the same source, is left as it is. Else the files
-    appear in their place all at once, when they have been checked.
+    appear in their place all at once, when they have been checked; those of a model that was
+    prepared there before are replaced one by one, and nothing else is ever touched.
 
     Args:
         name: what `OpenClipEncoder` takes.
@@ -98,31 +104,68 @@ def prepare(
 
     Raises:
         EncoderError: the model cannot be loaded or exported, or answers otherwise than in torch.
-        UsageError: the folder holds something else.
+        UsageError: the folder holds something else than a prepared model.
         MissingExtraError: open_clip is not installed.
     """
-    place = folder or prepared_folder(name)
+    place = prepared_folder(name) if folder is None else folder.expanduser().resolve()
     if check is None and (found := _found(name, place, float16)):
         return found
-    if place.is_dir() and any(place.iterdir()) and not (place / "config.json").is_file():
-        raise UsageError(f"{place} holds something else: give a folder of its own")
+    _refuse_others(place)
     reference = OpenClipEncoder(name, device="cpu")
-    temporary = place.with_name(f".{place.name}.tmp")
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was cut off
+        _clear_away(place)
         temporary.mkdir(parents=True)
         _write(reference, temporary, float16=float16)
         report = _checked(reference, temporary, place, float16=float16)
         if check is not None:
             check(reference, OnnxEncoder(temporary, device="cpu"))
-        if place.exists():
-            shutil.rmtree(place)
-        temporary.rename(place)
+        _put(temporary, place)
     except OSError as exc:
         raise EncoderError(f"{place} cannot be written: {exc.strerror or exc}") from exc
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report
+
+
+def _refuse_others(place: Path) -> None:
+    """Raise UsageError if a place is not free for a model, naming a file that is in the way."""
+    if not place.is_dir():
+        if place.exists():
+            raise UsageError(f"{place} is a file: give a folder of its own")
+        return
+    there = sorted(path.name for path in place.iterdir())
+    others = [name for name in there if name not in (*_FILES, "config.json")]
+    if there and not others and not is_prepared(place):
+        others = [name for name in there if name == "config.json"] or there
+    if others:
+        raise UsageError(
+            f"{place} holds {others[0]}, which is of no prepared model: give a folder of its own"
+        )
+
+
+def _clear_away(place: Path) -> None:
+    """Remove what runs that were cut off have left: one of this process's number, and old ones."""
+    remains = rf"\.{re.escape(place.name)}\.([0-9]+)\.tmp"
+    for path in place.parent.iterdir() if place.parent.is_dir() else ():
+        if found := re.fullmatch(remains, path.name):
+            with suppress(FileNotFoundError):  # another run has just come to its end
+                is_old = time.time() - path.stat().st_mtime > _CUT_OFF_SECONDS
+                if is_old or found[1] == str(os.getpid()):
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _put(written: Path, place: Path) -> None:
+    """Move a model that is written to its place, which is free or holds another one."""
+    if not place.exists():
+        with suppress(OSError):  # another run may have been quicker
+            written.rename(place)
+            return
+    place.mkdir(exist_ok=True)
+    # The description comes first: cut off after it, what lies there is known for a prepared model,
+    # does not match its digests, and is made again.
+    for file in ("config.json", *_FILES):
+        (written / file).replace(place / file)
 
 
 def is_checkpoint(name: str) -> bool:
@@ -157,7 +200,7 @@ def _found(name: str, place: Path, float16: bool) -> ExportReport | None:
         return None
     encoder = OnnxEncoder(place, device="cpu")
     made = encoder.config["made"]
-    if made["format"] != FORMAT or made["float16"] != float16 or encoder.verify():
+    if made["float16"] != float16 or encoder.verify():
         return None
     return _report(place, place, made["image_cosine_error"], made["text_cosine_error"])
 
@@ -236,14 +279,7 @@ def _write_tower(
         compact(whole, int8=False)
     model = onnx.load(whole)
     shutil.rmtree(scratch)
-    onnx.save(
-        model,
-        path,
-        save_as_external_data=True,
-        location=path.with_suffix(".weights").name,
-        size_threshold=_INSIDE,
-    )
-    path.with_suffix(".weights").chmod(path.stat().st_mode)  # onnx lets only the owner read it
+    save_apart(model, path, least_bytes=_INSIDE)
 
 
 def _digest(path: Path) -> str:
@@ -252,8 +288,8 @@ def _digest(path: Path) -> str:
 
 
 def _save_config(folder: Path, config: Mapping[str, Any]) -> None:
-    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    # In ASCII: a path among the sources may hold bytes that are no text.
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 # ── tokenizers ─────────────────────────────────────────────────────────────────────────────────

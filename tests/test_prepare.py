@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,14 @@ from retriever.encoders import OnnxEncoder, load_encoder
 from retriever.errors import EncoderError, UsageError
 from retriever.models import find_prepared, list_models, prepared_folder
 from retriever.openclip import OpenClipEncoder
-from retriever.prepare import HARD_TEXTS, clip_tokenizer, is_checkpoint, prepare, recall_check
+from retriever.prepare import (
+    HARD_TEXTS,
+    _save_config,
+    clip_tokenizer,
+    is_checkpoint,
+    prepare,
+    recall_check,
+)
 
 __all__ = ["open_clip"]  # the fixture
 
@@ -290,15 +298,45 @@ def test_failed_check_leaves_what_was_there(clip: Path, tmp_path: Path) -> None:
     assert find_prepared(str(clip)) == report.folder
 
 
-def test_remains_of_a_run_that_was_cut_off_are_cleared_away(clip: Path) -> None:
+def test_remains_of_runs_that_were_cut_off_are_cleared_away(clip: Path) -> None:
     place = prepared_folder(str(clip))
-    remains = place.with_name(f".{place.name}.tmp")
-    remains.mkdir(parents=True)
-    (remains / "image.onnx").write_bytes(b"part")
+    old, own, other = (place.with_name(f".{place.name}.{n}.tmp") for n in (1, os.getpid(), 2))
+    for remains in (old, own, other):
+        remains.mkdir(parents=True)
+        (remains / "image.onnx").write_bytes(b"part")
+    os.utime(old, (0, 0))
     assert find_prepared(str(clip)) is None
     assert [model for model in list_models() if model.prepared] == []
     prepare(str(clip))
-    assert [path.name for path in place.parent.iterdir()] == [place.name]
+    # The third may be of a run that is at work now.
+    assert {path.name for path in place.parent.iterdir()} == {place.name, other.name}
+
+
+def test_of_two_runs_at_once_both_come_to_their_end(clip: Path, tmp_path: Path) -> None:
+    def prepare_too(*_: object) -> None:
+        run_python("import sys; from retriever.prepare import prepare; prepare(sys.argv[1])", clip)
+
+    report = prepare(str(clip), check=prepare_too)
+    assert [path.name for path in report.folder.parent.iterdir()] == [report.folder.name]
+    assert OnnxEncoder(report.folder).verify() == []
+
+
+def test_model_of_an_older_format_is_not_used_but_made_again(clip: Path) -> None:
+    folder = prepare(str(clip)).folder
+    config = json.loads((folder / "config.json").read_text())
+    older = config | {"stands_for": config["stands_for"]["fingerprint"], "made": {"format": 1}}
+    (folder / "config.json").write_text(json.dumps(older))
+    assert find_prepared(str(clip)) is None
+    assert [model for model in list_models() if model.prepared] == []
+    assert isinstance(load_encoder(str(clip), device="cpu"), OpenClipEncoder)
+    prepare(str(clip))
+    assert json.loads((folder / "config.json").read_text()) == config
+
+
+def test_description_can_name_a_source_whose_name_is_no_text(tmp_path: Path) -> None:
+    config = {"source": {os.fsdecode(b"weights-\xff.bin"): [1, 2]}}
+    _save_config(tmp_path, config)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == config
 
 
 def test_prepared_models_are_listed(clip: Path) -> None:
@@ -313,10 +351,51 @@ def test_folder_of_ones_own_is_used_by_its_path(clip: Path, tmp_path: Path) -> N
     encoder = load_encoder(str(tmp_path / "mine"), device="cpu")
     assert encoder.fingerprint == OpenClipEncoder(str(clip), device="cpu").fingerprint
     assert report.text_bytes < prepare(str(clip)).text_bytes * 0.6
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").touch()
-    with pytest.raises(UsageError, match="holds something else"):
-        prepare(str(clip), tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("files", "in_the_way"),
+    [
+        (["a.jpg"], "a.jpg"),
+        (["config.json", "model.safetensors", "tokenizer.json"], "model.safetensors"),
+        (["config.json", "image.onnx", "text.onnx", "text.weights", "tokenizer.json"], "config"),
+        (["tokenizer.json"], "tokenizer.json"),
+    ],
+)
+@pytest.mark.parametrize("named", ["folder", ".", ".."])
+def test_what_it_did_not_write_it_leaves_alone(
+    clip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: list[str],
+    in_the_way: str,
+    named: str,
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text('{"name": "mine"}')
+    if named == "..":
+        (folder / "inner").mkdir()
+    monkeypatch.chdir(folder / "inner" if named == ".." else tmp_path if named != "." else folder)
+    before = sorted(folder.iterdir())
+    with pytest.raises(UsageError, match=rf"holds {in_the_way}|holds inner"):
+        prepare(str(clip), Path(named))
+    assert sorted(folder.iterdir()) == before
+    assert all((folder / name).read_text() == '{"name": "mine"}' for name in files)
+
+
+def test_files_of_a_model_that_was_prepared_there_are_replaced(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    small = prepare(str(clip), Path(), float16=True)
+    whole = prepare(str(clip), Path())
+    assert small.folder == whole.folder == tmp_path / "mine"
+    assert small.text_bytes < whole.text_bytes * 0.6
+    assert OnnxEncoder(Path(), device="cpu").verify() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_recall_is_compared_on_a_data_set(clip: Path, tmp_path: Path) -> None:
