@@ -373,8 +373,10 @@ def test_uniformity_of_known_rows():
     assert uniformity(opposite, t=1) == pytest.approx(-4)
 
 
-def test_uniformity_equals_the_loop_over_pairs(monkeypatch):
-    monkeypatch.setattr("retriever.metrics._SCORES_AT_A_TIME", 100)  # several chunks
+# Of 2 rows, of 7 of which the last has 5, and one.
+@pytest.mark.parametrize("scores_at_a_time", [100, 300, 1 << 23])
+def test_uniformity_equals_the_loop_over_pairs(scores_at_a_time, monkeypatch):
+    monkeypatch.setattr("retriever.metrics._SCORES_AT_A_TIME", scores_at_a_time)
     rows = unit(np.random.default_rng(2).normal(size=(40, 6))).astype(np.float64)
     potentials = [
         np.exp(-2 * ((rows[i] - rows[j]) ** 2).sum()) for i in range(40) for j in range(i)
