@@ -119,7 +119,8 @@ def _open_closed_streams() -> None:
     """Sends nowhere what is said where the shell has closed the stream (`>&-`)."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8", errors="replace"))
+            nowhere = Path(os.devnull).open("w", encoding="utf-8", errors="replace")  # noqa: SIM115
+            setattr(sys, name, nowhere)
 
 
 def if_interrupted(kept: str) -> None:
