@@ -9,9 +9,10 @@ as they are, and 640 × 480 and 12-megapixel files made from them, with noise li
 which are prepared once; with each engine that is installed.
 
 The limit is what arithmetic alone allows: cores ÷ (CPU-seconds of decoding + of the forward pass, a
-picture), both measured alone on all cores in the same round: files → RGB pictures, ready pictures →
-embeddings. Resizing, hashing and writing are not in it. On a GPU the forward pass is bound by its
-own time, and the limit is the lesser of both.
+picture), both measured alone on all cores in the same round: files → the pixels that the model
+reads, in processes that are started as ours are; these pixels → embeddings. Hashing, passing pixels
+on and writing are not in it. On a GPU the forward pass is bound by its own time, and the limit is
+the lesser of both.
 
 A run over all files and one over a part of them tell start-up and work apart: the rate is that of
 the files between them, and what the whole process made stands beside it. All tools run in turn;
@@ -22,15 +23,14 @@ processes of a tool together, sampled. An hour with the peers on two cores, 10 G
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -46,6 +46,8 @@ from report import RETRIEVER, format_table, run_process, write_report
 from retriever.data import list_pictures, read_image
 from retriever.encoders import load_encoder
 from retriever.machine import cores
+from retriever.preprocessing import Preprocessing
+from retriever.workers import _ENVIRONMENT, _Wish
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +56,21 @@ ENGINES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "torc
 SAMPLE_SECONDS = 0.2  # between two looks at the memory of all processes
 LIMIT_PICTURES = 128
 OF_LIMIT, TIMES_RCLIP, TIMES_RCLIP_SHARED, TIMES_CLIP_RETRIEVAL = 0.85, 6.0, 1.5, 2.0
+
+# The first picture is decoded twice, as the first time loads what decodes.
+_DECODER = """
+import json, sys, time
+sys.path[:] = json.loads(sys.argv[1])
+from retriever.workers import _answer, _Wish
+print(flush=True)
+wishes = list(iter(lambda: _Wish.received(sys.stdin.buffer), None))
+for wish in wishes[:1]:
+    _answer(wish)
+began = time.process_time()
+for wish in wishes:
+    _answer(wish)
+print(time.process_time() - began)
+"""
 
 Run = dict[str, Any]
 
@@ -293,33 +310,48 @@ def measure_limit(tool: Tool, files: Files, home: Path) -> Run:
 
 
 def limit_here(model: str, folder: Path, device: str) -> Run:
-    """CPU-seconds a picture of decoding, resizing and the forward pass, each alone on all cores."""
+    """CPU-seconds a picture of decoding to the model's input and of the forward pass, each alone
+    on all cores."""
     encoder = load_encoder(model, device=device)
     # An encoder that cannot say how it prepares pictures does so in its forward pass.
-    how = getattr(encoder, "preprocessing", None)
-    prepared = how.prepared if how else lambda picture: picture
+    how: Preprocessing | None = getattr(encoder, "preprocessing", None)
     paths = [picture.path for picture in list_pictures(folder)][:LIMIT_PICTURES]
-    read = partial(read_image, target=encoder.image_size)
-
-    def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
-        cpu, wall = time.process_time(), time.perf_counter()
-        result = work()
-        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        return result, cpu / len(paths), wall / len(paths)
-
-    with ThreadPoolExecutor(cores()) as pool:
-        list(pool.map(read, paths[: 2 * cores()]))  # what is done once
-        decoded, decode_s, _ = timed(lambda: list(pool.map(read, paths)))
-    ready_ones, resize_s, _ = timed(lambda: [np.asarray(prepared(one.image)) for one in decoded])
+    wishes = [_Wish(path, None if how else encoder.image_size, how) for path in paths]
+    decode_s = decode_cpu(wishes)
+    ready_ones = [np.asarray(wish.fulfilled().image) for wish in wishes]
     encoder.encode_images(ready_ones)  # loads the model
-    _, forward_s, forward_wall_s = timed(lambda: encoder.encode_images(ready_ones))
-    found = {
-        "decode_cpu_s": decode_s,
-        "resize_cpu_s": resize_s,
-        "forward_cpu_s": forward_s,
-        "forward_wall_s": forward_wall_s,
+    cpu, wall = time.process_time(), time.perf_counter()
+    encoder.encode_images(ready_ones)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return {
+        "decode_cpu_s": round(decode_s, 6),
+        "forward_cpu_s": round(cpu / len(paths), 6),
+        "forward_wall_s": round(wall / len(paths), 6),
+        "pictures": len(paths),
     }
-    return {name: round(value, 6) for name, value in found.items()} | {"pictures": len(paths)}
+
+
+def decode_cpu(wishes: Sequence[_Wish]) -> float:
+    """CPU-seconds a picture of what a decoding worker does, but for the pipes; one on each core."""
+    with ExitStack() as stack:
+        running = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-c", _DECODER, json.dumps(sys.path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=os.environ | _ENVIRONMENT,
+                )
+            )
+            for _ in range(cores())
+        ]
+        pipes = [(one.stdin, one.stdout) for one in running if one.stdin and one.stdout]
+        for _, answers in pipes:
+            answers.readline()  # it has started
+        for number, (requests, _) in enumerate(pipes):
+            requests.write(b"".join(wish.packed() for wish in wishes[number :: len(pipes)]))
+            requests.close()
+        return sum(float(answers.read()) for _, answers in pipes) / len(wishes)
 
 
 def limit_of(found: Run, device: str) -> float:

@@ -20,6 +20,8 @@ from defusedxml import ElementTree
 from PIL import Image
 
 from retriever import metrics
+from retriever.machine import cores
+from retriever.preprocessing import Preprocessing
 
 # Last, because both folders have a file kills.py.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -459,6 +461,21 @@ def test_of_two_ratios_to_a_peer_the_lesser_one_counts() -> None:
     assert bar["values"] == [7.0, 5.0]
     assert bar["by_cpu"] == 20.0
     assert not bar["met"]
+
+
+def test_the_limit_has_decoding_to_the_pixels_of_the_model_as_workers_do_it(tmp_path: Path) -> None:
+    import encode
+
+    # 1 ms + 3 ms on so many cores; a GPU is fed by all of them, or waits for itself.
+    found = {"decode_cpu_s": 0.001, "forward_cpu_s": 0.003, "forward_wall_s": 0.01}
+    assert encode.limit_of(found, "cpu") == pytest.approx(cores() / 0.004)
+    assert encode.limit_of(found, "cuda") == pytest.approx(100)
+    (path,) = photographs(tmp_path / "one", 1).iterdir()
+    plain, enlarged = (
+        encode.decode_cpu([encode._Wish(path, *how)] * 8)
+        for how in ((96, None), (None, Preprocessing(2000, "squash", "bicubic")))
+    )
+    assert enlarged > 5 * plain > 0  # 4 million pixels beside six thousand
 
 
 def test_made_pictures_have_the_size_asked_for_and_are_kept(tmp_path: Path) -> None:
