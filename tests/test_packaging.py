@@ -52,6 +52,17 @@ def test_no_file_of_a_package_is_left_behind() -> None:
     assert there - packed == set()
 
 
+def test_no_older_onnxruntime_is_taken_than_maps_weights_beside_a_session_of_bytes() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = [*PROJECT["project"]["dependencies"], *extras["gpu"]]
+    floors = [line.partition(">=") for line in lines if line.startswith("onnxruntime")]
+    # Before it, weights outside of a model's folder were read as well.
+    assert [(name, floor) for name, _, floor in floors] == [
+        ("onnxruntime", "1.24"),
+        ("onnxruntime-gpu", "1.24"),
+    ]
+
+
 def test_the_command_is_the_function_it_names() -> None:
     import cli
 
