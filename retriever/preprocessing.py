@@ -35,7 +35,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         is_known = self.resize in RESIZE_MODES and self.interpolation in INTERPOLATIONS
-        if self.size < 1 or not is_known:
+        is_grey = isinstance(self.fill, int) and 0 <= self.fill <= 255
+        if self.size < 1 or not (is_known and is_grey):
             raise ValueError(f"no picture can be prepared as {self} says")
 
     def prepared(self, picture: Image.Image) -> Image.Image:

@@ -287,9 +287,10 @@ class _Worker:
 
     def kill_if_late(self) -> None:
         with self._lock:
-            if time.monotonic() > self._deadline and self._process:
+            process = self._process  # once: the thread that it serves may end it meanwhile
+            if time.monotonic() > self._deadline and process:
                 self._is_late = True
-                self._process.kill()
+                process.kill()
 
     def end(self) -> None:
         process, self._process = self._process, None

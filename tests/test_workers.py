@@ -27,7 +27,7 @@ from retriever.data import Decoded, read_image
 from retriever.encoders import open_picture
 from retriever.errors import PictureError, RetrieverError
 from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
-from retriever.workers import DecodeWorkers, _received
+from retriever.workers import DecodeWorkers, _received, _Worker
 
 ROOT = Path(__file__).parents[1]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
@@ -371,6 +371,29 @@ def test_a_process_ends_soon_after_its_parent_was_killed(tmp_path: Path, is_deco
 
 
 @LINUX
+def test_a_process_that_ends_while_it_is_found_late_is_no_fault() -> None:
+    class Ending(_Worker):
+        """Has its process taken away by the thread that it serves, as soon as it is looked at."""
+
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            if name == "_process" and found:
+                self._process = None
+            return found
+
+    worker = Ending(1.0, 1 << 30)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        worker._deadline, worker._process = 0, process
+        worker.kill_if_late()
+    assert process.returncode
+
+
+@pytest.mark.parametrize("fill", [-1, 256, 0.5, "black"])
+def test_a_grey_level_that_is_none_is_refused(fill: Any) -> None:
+    with pytest.raises(ValueError, match="no picture can be prepared"):
+        Preprocessing(32, "longest", "bicubic", fill)
+
+
 def test_a_process_holds_no_file_of_its_parent(workers: DecodeWorkers, tmp_path: Path) -> None:
     path = paint(tmp_path / "a.png", "red")
     with (tmp_path / "lock").open("w") as lock:
