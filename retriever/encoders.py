@@ -14,13 +14,22 @@ from functools import cached_property, partial
 from importlib.util import find_spec
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
 import numpy as np
 from numpy.typing import NDArray
 
 from retriever.cleaning import CLEANINGS, cleaned
-from retriever.errors import EncoderError, MissingExtraError, PictureError, UsageError
+from retriever.errors import EncoderError, MissingExtraError, PictureError, UsageError, printable
 from retriever.models import DEFAULT_MODEL, MINI_FOLDER, ModelInfo, find_prepared, list_models
 from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
 
@@ -62,6 +71,25 @@ CPU_BATCH: Mapping[Tower, int] = {"image": 4, "text": 16}
 PATIENCE: Mapping[Tower, int] = {"image": 32, "text": 128}
 # Towers normalise in float32, so rows are much nearer to 1 than this; the store asks for the same.
 UNIT_TOLERANCE = 1e-3
+
+
+class built_once(cached_property[T]):  # noqa: N801 (named as what it stands for)
+    """`cached_property` for what is large: threads that come at once wait for the one that builds.
+
+    From Python 3.12 on each of them would build its own.
+    """
+
+    def __init__(self, build: Callable[[Any], T]) -> None:
+        super().__init__(build)
+        self._guard = threading.RLock()
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type | None = None) -> T: ...
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        with self._guard:
+            return super().__get__(instance, owner)
 
 
 class Encoder(Protocol):
@@ -180,19 +208,25 @@ class OnnxEncoder:
         self._threads = threads
         self._lanes: dict[Tower, Lanes] = {}
         self._inputs: Counter[Tower] = Counter()
-        self._guard = threading.Lock()  # of both
+        self._used: set[Tower] = set()
+        self._guard = threading.Lock()  # of the three
 
     @property
     def batch_size(self) -> int:
         """Pictures to encode at once that keep all lanes busy until shortly before the end."""
-        from retriever.engines import usable_cores
+        from retriever.machine import cores
 
-        return max(IMAGE_BATCH, 2 * CPU_BATCH["image"] * (self._threads or usable_cores()))
+        return max(IMAGE_BATCH, 2 * CPU_BATCH["image"] * (self._threads or cores()))
 
     @property
     def engine(self) -> str:
-        """What runs the towers: something else than ONNX Runtime only once there is much to do."""
-        return next((lanes.engine for lanes in self._lanes.values()), "ONNX Runtime")
+        """What has run the towers: not only ONNX Runtime once there was much to do."""
+        with self._guard:
+            lanes = {tower: self._lanes.get(tower) for tower in sorted(self._used)}
+        named = {tower: one.engine if one else "ONNX Runtime" for tower, one in lanes.items()}
+        if len(set(named.values())) > 1:
+            return f"{named['image']} for pictures, {named['text']} for texts"
+        return next(iter(named.values()), "ONNX Runtime")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -201,8 +235,9 @@ class OnnxEncoder:
         The digests stand in `config.json`, written at export, and every file is held against its
         own when it is loaded. So the fingerprint costs no reading of 30 MB at each query, and a
         swapped file still cannot pass for the one that made the stored embeddings. A model that
-        was prepared has that of the model in torch, whose embeddings are the same, as long as its
-        description is the one that it was prepared with: see `standing_for`.
+        was prepared has that of the model in torch, whose embeddings are the same (within 1e-5 in
+        cosine, within 1e-3 if its weights were halved by `--float16`), as long as its description
+        is the one that it was prepared with: see `standing_for`.
         """
         own = fingerprint_of(self.config)
         other: dict[str, str] = self.config.get("stands_for", {})
@@ -224,11 +259,11 @@ class OnnxEncoder:
                 f"{self.folder / 'tokenizer.json'} is no tokenizer: {first_line(exc)}"
             ) from exc
 
-    @cached_property
+    @built_once
     def _image_session(self) -> Any:
         return self._session("image.onnx")
 
-    @cached_property
+    @built_once
     def _text_session(self) -> Any:
         return self._session("text.onnx")
 
@@ -305,10 +340,36 @@ class OnnxEncoder:
             raise EncoderError(f"{path} is not the file that config.json describes: {_WAY_OUT}")
         return contents
 
+    def _weights_of(self, tower: str, contents: bytes) -> Path | None:
+        """The checked file beside a tower that holds its weights, if they are not in its own.
+
+        Raises:
+            EncoderError: it is not the one that `config.json` describes, or there are others.
+        """
+        from retriever.engines import files_beside
+
+        path = self.folder / f"{tower}.weights"
+        named = {path.name} & self.config["files"].keys()
+        try:
+            others = files_beside(contents) - named
+        except ValueError as exc:
+            raise EncoderError(f"{self.folder / tower}.onnx cannot be run: {exc}") from exc
+        if others:
+            raise EncoderError(
+                f"{self.folder / tower}.onnx has weights in {printable(min(others))}, which"
+                f" config.json does not describe: {_WAY_OUT}"
+            )
+        if not named:
+            return None
+        self._check(path.name)
+        return path
+
     def _way(
         self, tower: Tower, n: int, first: Callable[[int], Feed] | None = None
     ) -> tuple[Callable[[Feed], Array], "RunAll", int]:
         """The best way to run n inputs: one run, a `map` for many, and inputs for each of them."""
+        with self._guard:
+            self._used.add(tower)
         run_all: RunAll = map
         size = CPU_BATCH[tower]
         lanes = self._lanes_for(tower, n, first) if n > 1 else None
@@ -336,9 +397,7 @@ class OnnxEncoder:
             if tower in self._lanes or is_soon or not self._is_on_cpu:
                 return self._lanes.get(tower)
             path = self.folder / f"{tower}.onnx"
-            self._check(path.name)
-            if (weights := f"{tower}.weights") in self.config["files"]:
-                self._check(weights)
+            self._weights_of(tower, self._checked_file(path.name))
             trial = None
             if first:
                 feed, run = first(CPU_BATCH[tower]), partial(_first_output, self._image_session)
@@ -346,7 +405,8 @@ class OnnxEncoder:
             # Its weights need not be in memory twice. A query brings it back.
             self.__dict__.pop(f"_{tower}_session", None)
             try:
-                self._lanes[tower] = Lanes(path, trial, self._threads)
+                # Weights must lie beside it, and installers may put links in place of files.
+                self._lanes[tower] = Lanes(path.resolve(), trial, self._threads)
             except Exception as exc:  # see _session
                 raise EncoderError(f"{path} cannot be run: {first_line(exc)}") from exc
             return self._lanes[tower]
@@ -382,9 +442,8 @@ class OnnxEncoder:
         options.add_session_config_entry(*KEEP_FLOAT32)
         providers = ["CUDAExecutionProvider"] if wants_cuda else []
         contents = self._checked_file(file)
-        if (weights := f"{Path(file).stem}.weights") in self.config["files"]:
-            self._check(weights)
-            folder = os.fspath(self.folder)
+        if weights := self._weights_of(Path(file).stem, contents):
+            folder = os.fspath(weights.resolve().parent)  # or a link would lead out of it
             options.add_session_config_entry(_WEIGHTS_FOLDER, folder)
             if not wants_cuda:
                 # As they lie in the file, mapped, weights cost only the reading of what is used:
@@ -440,7 +499,7 @@ class CheckpointEncoder:
             raise EncoderError(f"{exc.filename} cannot be read: {exc.strerror}") from exc
         return fingerprint_of(self.config | {"files": files})
 
-    @cached_property
+    @built_once
     def loaded(self) -> tuple["DualEncoder", "Tokenizer", "torch.device"]:
         """The model in eval mode, its tokenizer, and the device that the model is on."""
         from retriever.checkpoints import load_checkpoint
@@ -449,7 +508,7 @@ class CheckpointEncoder:
         model, tokenizer = load_checkpoint(self.folder)
         return model.to(device), _without_padding(tokenizer, self.max_text_tokens), device
 
-    @cached_property
+    @built_once
     def _images(self) -> "Replicas":
         import torch
 
@@ -554,6 +613,9 @@ def read_config(folder: Path) -> dict[str, Any]:
                 raise EncoderError(f"{path}: {key!r} is no {kind.__name__}: {_WAY_OUT}")
             if key in LIMITS and not 1 <= part[key] <= LIMITS[key]:
                 raise EncoderError(f"{path}: {key!r} must be from 1 to {LIMITS[key]:,}: {_WAY_OUT}")
+        fill = config["image"].get("fill", 0)
+        if type(fill) is not int or not 0 <= fill <= 255:
+            raise EncoderError(f"{path}: 'fill' must be a grey level from 0 to 255: {_WAY_OUT}")
         for key, known in (("resize", RESIZE_MODES), ("interpolation", INTERPOLATIONS)):
             if config["image"][key] not in known:
                 raise EncoderError(f"{path}: {key!r} must be one of {', '.join(known)}")

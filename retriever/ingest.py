@@ -11,10 +11,12 @@ transaction, in the order of the files, so an interrupted run keeps what it has 
 next one goes on from there.
 
 Memory is bounded, whatever the pictures' size. `WINDOW` batches of finished pictures wait at most,
-size × size × 3 bytes each: 19 MB for 128 of 224 × 224. (An encoder that does not tell how pictures
-are finished gets them with up to four times its side, 300 MB.) Each decoding process takes 30 MB
-and what its picture needs: of a JPEG of 12 megapixels a few MB more, because it is decoded smaller,
-of other formats up to 8 bytes a pixel (a PNG of 100 megapixels took 790 MB).
+size × size × 3 bytes each: 19 MB for 128 of 224 × 224; where a GPU takes batches of 1024, which is
+the most, 620 MB, and of 384 × 384 1.8 GB, unless a smaller `batch_size` is given. (An encoder that
+does not tell how pictures are finished gets them with up to four times its side, 300 MB.) Each
+decoding process takes 30 MB and what its picture needs: of a JPEG of 12 megapixels a few MB more,
+because it is decoded smaller, of other formats up to 8 bytes a pixel (a PNG of 100 megapixels took
+790 MB).
 
 A file that is no longer listed was removed only if nothing says that it may be out of sight: an
 empty root, a link to nothing, a folder that cannot be read, an empty folder that held a thousand.
@@ -35,6 +37,7 @@ from datetime import datetime
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -43,8 +46,8 @@ from numpy.typing import NDArray
 
 from indexes.records import CaptionRow, ItemRow, ItemWrite, KnownFile
 from retriever.data import Caption, CaptionIndex, Decoded, Picture, list_pictures
-from retriever.engines import usable_cores
 from retriever.errors import FolderGoneError, PictureError, UsageError, printable
+from retriever.machine import cores
 from retriever.preprocessing import Preprocessing
 from retriever.workers import DecodeWorkers
 
@@ -292,6 +295,7 @@ class _Run:
         self.progress = progress
         self.batch_size = batch_size or BATCH_SIZE
         self.encoder_decides = batch_size is None
+        self.guard = Lock()  # of both
         self.prune = prune
         self.stop = stop
         self.root = Path()
@@ -313,8 +317,10 @@ class _Run:
     def encoder(self) -> Encoder:
         """The encoder, loaded when something must be encoded."""
         encoder = self.load_encoder()
-        if self.encoder_decides:
-            self.batch_size = getattr(encoder, "batch_size", BATCH_SIZE)
+        with self.guard:  # to find it out may take a whole tower, and all decoders come at once
+            if self.encoder_decides:
+                self.batch_size = getattr(encoder, "batch_size", BATCH_SIZE)
+                self.encoder_decides = False
         return encoder
 
     def check(self, folder: Path) -> None:
@@ -763,10 +769,10 @@ class _Crew:
     """The threads and processes that work for a run."""
 
     def __init__(self) -> None:
-        cores = usable_cores()
-        self.workers = DecodeWorkers(cores)
+        count = cores()
+        self.workers = DecodeWorkers(count)
         self.hashing = ThreadPoolExecutor(HASHERS, "hash")
-        self.decoding = ThreadPoolExecutor(cores, "decode")
+        self.decoding = ThreadPoolExecutor(count, "decode")
         self.encoding = ThreadPoolExecutor(1, "encode")  # the encoder has threads of its own
 
     def close(self) -> None:

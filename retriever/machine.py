@@ -61,13 +61,17 @@ def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Processor cores that this process may use: by its affinity, its container, OMP_NUM_THREADS.
+
+    The variable is set where someone wants no more than that, as schedulers of clusters do.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota, _, period = (_read("/sys/fs/cgroup/cpu.max") or "").partition(" ")
     if quota.isdecimal() and period.isdecimal():  # a container's share, else "max"
         allowed = min(allowed, max(1, int(quota) // int(period)))
-    return allowed
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(allowed, int(wanted)) if wanted.isdecimal() and int(wanted) else allowed
 
 
 def load_average() -> float | None:

@@ -24,6 +24,7 @@ from retriever.encoders import (
     Array,
     ImageInput,
     batches,
+    built_once,
     checked_embeddings,
     first_line,
     may_be_cut,
@@ -132,9 +133,12 @@ class OpenClipEncoder:
         interpolation = image["interpolation"]
         if interpolation not in INTERPOLATIONS:
             interpolation = "bicubic"  # as open_clip takes "random" where nothing is trained
-        return Preprocessing(
-            self.image_size, image["resize_mode"], interpolation, image["fill_color"]
-        )
+        try:
+            return Preprocessing(
+                self.image_size, image["resize_mode"], interpolation, image["fill_color"]
+            )
+        except ValueError as exc:
+            raise EncoderError(f"{self.name} cannot be loaded: {exc}") from exc
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,7 +174,7 @@ class OpenClipEncoder:
         with self._loading():
             return text_tower(self._weights.text())
 
-    @cached_property
+    @built_once
     def _images(self) -> "Replicas":
         import torch
 
@@ -180,7 +184,7 @@ class OpenClipEncoder:
         replicas.fit((self.image_size, self.image_size, 3), torch.uint8)
         return replicas
 
-    @cached_property
+    @built_once
     def _texts(self) -> tuple["TextTower", "Replicas"]:
         from retriever.replicas import Replicas
 

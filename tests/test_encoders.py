@@ -1,9 +1,13 @@
+import functools
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from retriever.encoders import (
     token_ids,
 )
 from retriever.errors import EncoderError, PictureError, UsageError
+from retriever.openclip import OpenClipEncoder
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +196,16 @@ def test_fingerprint_changes_with_what_decides_an_embedding_only(onnx_folder: Pa
             {"image": {"size": 32, "resize": "stretch", "interpolation": "bicubic"}},
             "'resize' must be one of squash, shortest",
         ),
+        *(
+            (
+                {
+                    "image": {"size": 32, "resize": "longest", "interpolation": "bicubic"}
+                    | {"fill": fill}
+                },
+                "'fill' must be a grey level from 0 to 255",
+            )
+            for fill in (-1, 256, 0.5, "black", True)
+        ),
         ({"text": None}, "not the description of a model"),
         ({"files": {}}, r"lacks 'image\.onnx'"),
     ],
@@ -208,6 +223,40 @@ def test_file_that_is_no_onnx_is_told_in_a_sentence(onnx_folder: Path) -> None:
     files["files"]["text.onnx"] = encoders.digest(b"nothing")
     with pytest.raises(EncoderError, match=r"text\.onnx cannot be run"):
         edited(onnx_folder, **files).encode_texts(["a dog"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        (encoders.OnnxEncoder, ["_image_session", "_text_session"]),
+        (encoders.CheckpointEncoder, ["_images", "loaded"]),
+        (OpenClipEncoder, ["_images", "_texts"]),
+    ],
+)
+def test_threads_that_come_at_once_share_one_tower(kind: type, parts: list[str]) -> None:
+    assert all(isinstance(vars(kind)[part], encoders.built_once) for part in parts)
+
+
+def test_what_is_built_once_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unlocked(self: Any, instance: Any, owner: Any = None) -> Any:  # as from Python 3.12 on
+        if self.attrname not in vars(instance):
+            vars(instance)[self.attrname] = self.func(instance)
+        return vars(instance)[self.attrname]
+
+    monkeypatch.setattr(functools.cached_property, "__get__", unlocked)
+    built = []
+
+    class Large:
+        @encoders.built_once
+        def tower(self) -> object:
+            built.append(threading.current_thread())
+            time.sleep(0.05)
+            return object()
+
+    large = Large()
+    with ThreadPoolExecutor(8) as threads:
+        found = set(threads.map(lambda _: large.tower, range(8)))
+    assert len(found) == len(built) == 1
 
 
 # ── checkpoints ────────────────────────────────────────────────────────────────────────────────

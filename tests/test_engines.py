@@ -1,5 +1,9 @@
 """Many inputs run in lanes, in whichever engine is there, and come out as single ones do."""
 
+import json
+import os
+import shutil
+import subprocess
 import sys
 import threading
 from importlib.util import find_spec
@@ -11,8 +15,9 @@ from PIL import Image
 
 from retriever import encoders, engines
 from retriever.encoders import OnnxEncoder, load_encoder
-from retriever.engines import VARIABLE, Lanes, usable_cores, wanted_engine
+from retriever.engines import VARIABLE, Lanes, files_beside, wanted_engine
 from retriever.errors import EncoderError, UsageError
+from retriever.machine import cores
 from retriever.models import MINI_FOLDER
 
 OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="needs the extra openvino")
@@ -80,6 +85,20 @@ def test_a_tower_that_loses_by_bfloat16_stays_in_float32(
 ) -> None:
     encoder = encoder_with(monkeypatch, "openvino")
     encoder.encode_images(list(pixels))
+    assert encoder.engine == "OpenVINO (float32)"
+
+
+@OPENVINO
+def test_the_engines_of_both_towers_are_named_where_they_differ(
+    monkeypatch: pytest.MonkeyPatch, pixels: np.ndarray
+) -> None:
+    encoder = encoder_with(monkeypatch, "openvino")
+    assert encoder.engine == "ONNX Runtime"
+    encoder.encode_images(list(pixels[:2]))
+    assert encoder.engine == "OpenVINO (float32)"
+    encoder.encode_texts(["a dog"])
+    assert encoder.engine == "OpenVINO (float32) for pictures, ONNX Runtime for texts"
+    encoder.encode_texts(["a dog", "a cat"])
     assert encoder.engine == "OpenVINO (float32)"
 
 
@@ -172,4 +191,98 @@ def test_the_first_fault_in_a_lane_is_raised(lanes: Lanes) -> None:
 
 
 def test_there_is_a_lane_for_each_core() -> None:
-    assert Lanes(TOWER).count == usable_cores() >= 1
+    assert Lanes(TOWER).count == cores() >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_lanes_go_on_in_a_child() -> None:
+    code = (
+        "import os, sys, signal; from retriever.engines import Lanes\n"
+        "lanes = Lanes(__import__('pathlib').Path(sys.argv[1]), None, 2)\n"
+        "assert lanes.map(abs, [-1, -2]) == [1, 2]\n"
+        "if child := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "signal.alarm(30)\n"
+        "os._exit(lanes.map(abs, [-3, -4]) != [3, 4])\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(MINI_FOLDER / "text.onnx")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+
+
+# ── Weights beside a tower ───────────────────────────────────────────────────────────────────────
+
+
+def message(*fields: tuple[int, bytes]) -> bytes:
+    """Fields with a length, below 128, as protobuf writes them."""
+    return b"".join(bytes([number << 3 | 2, len(one)]) + one for number, one in fields)
+
+
+def model_with(*external: tuple[int, bytes]) -> bytes:
+    tensor = message((8, b"w"), (13, message(*external)))
+    return message((7, message((5, tensor))))
+
+
+def test_files_of_weights_are_named_as_the_tower_names_them() -> None:
+    assert files_beside((MINI_FOLDER / "text.onnx").read_bytes()) == {"text.weights"}
+    assert files_beside(TOWER.read_bytes()) == set()
+    assert files_beside(model_with((1, b"location"), (2, b"a.bin"))) == {"a.bin"}
+    assert files_beside(model_with((1, b"offset"), (2, b"0"))) == set()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [(2, b"b.bin"), (1, b"location")],
+        [(1, b"location"), (2, b"text.weights"), (2, b"b.bin")],
+        [(1, b"offset"), (1, b"location"), (2, b"b.bin")],
+    ],
+)
+def test_no_order_of_fields_hides_a_file(fields: list[tuple[int, bytes]]) -> None:
+    assert "b.bin" in files_beside(model_with(*fields))
+
+
+def test_tensors_inside_nodes_are_looked_at() -> None:
+    tensor = message((13, message((1, b"location"), (2, b"c.bin"))))
+    branch = message((1, message((5, message((5, tensor))))))
+    assert files_beside(message((7, message((1, message((5, message((6, branch))))))))) == {"c.bin"}
+
+
+@pytest.mark.parametrize("contents", [b"no tower", b"\x3a\x7f", b"\xff" * 20, b"\x3b"])
+def test_what_is_no_tower_names_no_files(contents: bytes) -> None:
+    with pytest.raises(ValueError, match="no ONNX file"):
+        files_beside(contents)
+
+
+ALL_ENGINES = ["onnxruntime", pytest.param("openvino", marks=OPENVINO)]
+
+
+@pytest.mark.parametrize("engine", ALL_ENGINES)
+def test_weights_that_are_not_described_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
+    monkeypatch.setenv(VARIABLE, engine)
+    folder = Path(shutil.copytree(MINI_FOLDER, tmp_path / "model"))
+    tower = (folder / "text.onnx").read_bytes().replace(b"text.weights", b"data.weights")
+    (folder / "text.onnx").write_bytes(tower)
+    (folder / "text.weights").rename(folder / "data.weights")
+    config = json.loads((folder / "config.json").read_text())
+    config["files"]["text.onnx"] = encoders.digest(tower)
+    for extra in ({}, {"data.weights": encoders.digest(b"")}):
+        config["files"] |= extra
+        (folder / "config.json").write_text(json.dumps(config))
+        for texts in (["a dog"], ["a dog", "two dogs"]):
+            with pytest.raises(EncoderError, match=r"has weights in data\.weights"):
+                OnnxEncoder(folder).encode_texts(texts)
+
+
+@pytest.mark.parametrize("engine", ALL_ENGINES)
+def test_a_model_of_links_to_its_files_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: str
+) -> None:
+    monkeypatch.setenv(VARIABLE, engine)
+    for path in MINI_FOLDER.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).symlink_to(path)
+    encoder = OnnxEncoder(tmp_path)
+    rows = encoder.encode_texts(["a dog"]), encoder.encode_texts(["a dog", "a cat"])[:1]
+    np.testing.assert_allclose(*rows, atol=1e-5)

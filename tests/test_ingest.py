@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -991,6 +992,24 @@ def test_an_encoder_that_asks_for_larger_batches_gets_them_unless_the_caller_say
         paint(tmp_path / f"q/{side}.png", "blue", side=side)
     index_folder(fresh_store, lambda: large, tmp_path / "q", batch_size=3)
     assert sizes == [3, 3, 1]
+
+
+def test_an_encoder_is_asked_for_its_batches_once_however_many_threads_decode(
+    fresh_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Slow(ToyEncoder):
+        @property
+        def batch_size(self) -> int:  # takes a whole tower to find out
+            asked.append(threading.current_thread())
+            time.sleep(0.2)
+            return 8
+
+    slow = Slow()
+    monkeypatch.setattr(ingest, "cores", lambda: 4)
+    index_folder(fresh_store, lambda: slow, many(tmp_path / "p", 12))
+    assert len(asked) == 1
 
 
 def test_the_next_batch_is_encoded_while_one_is_committed(

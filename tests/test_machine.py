@@ -47,6 +47,14 @@ def test_cores_that_may_not_be_used_are_not_counted() -> None:
         os.sched_setaffinity(0, before)
 
 
+def test_no_more_cores_are_used_than_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    most = cores()
+    for wanted, expected in (("1", 1), ("1,4", 1), (" 9999", most), ("0", most), ("many", most)):
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+        assert cores() == expected, wanted
+
+
 def test_percentiles_worked_by_hand() -> None:
     # 0 to 100 ms in steps of 1 ms: the p-th percentile is p ms.
     found = percentiles([n / 1000 for n in range(101)])
