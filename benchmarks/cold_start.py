@@ -28,7 +28,15 @@ import click
 import numpy as np
 from peers import Call, PeerError, Rclip, default_cache, ready
 from PIL import Image
-from report import RETRIEVER, format_table, run_process, write_report
+from report import (
+    RETRIEVER,
+    folder_option,
+    format_table,
+    out_option,
+    run_process,
+    sizes_option,
+    write_report,
+)
 from synthetic import fill_store
 
 if TYPE_CHECKING:
@@ -229,32 +237,12 @@ def draw(record: Mapping[str, Any]) -> dict[str, "Figure"]:
     return {"": figure}
 
 
-def _sizes(_context: object, _option: object, value: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(sorted({int(size) for size in value.split(",")}))
-    except ValueError as exc:
-        raise click.BadParameter("numbers with commas between them, such as 1000,10000") from exc
-    if sizes[0] < 1:
-        raise click.BadParameter("a library has one picture at least")
-    return sizes
-
-
 @click.command()
-@click.option(
-    "--sizes",
-    default=",".join(map(str, SIZES)),
-    show_default=True,
-    callback=_sizes,
-    help="Numbers of pictures.",
-)
+@sizes_option("--sizes", SIZES, "Numbers of pictures.")
 @click.option("--runs", default=DEFAULTS.runs, show_default=True, help="Of each program.")
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Measure rclip as well.")
 @click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of what is made up.")
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Where libraries are made; the system's folder for temporary files if not given.",
-)
+@folder_option
 @click.option(
     "--cache",
     type=click.Path(path_type=Path, file_okay=False),
@@ -262,7 +250,7 @@ def _sizes(_context: object, _option: object, value: str) -> tuple[int, ...]:
     show_default="benchmarks in the user's cache folder",
     help="Where rclip is installed.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Also write JSON and plot.")
+@out_option
 def main(folder: Path | None, cache: Path, out: Path | None, **options: Any) -> None:
     """Measure the first query of a new shell, beside bare imports and rclip."""
     settings = Settings(**options)

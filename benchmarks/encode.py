@@ -41,7 +41,7 @@ import numpy as np
 import xxhash
 from peers import PEERS, SHARED_MODEL, Call, PeerError, default_cache, ready, weights
 from PIL import Image
-from report import RETRIEVER, format_table, run_process, write_report
+from report import RETRIEVER, format_table, out_option, run_process, write_report
 
 from retriever.data import list_pictures, read_image
 from retriever.encoders import load_encoder
@@ -641,7 +641,7 @@ def _list(names: Sequence[str]) -> str:
     help="For made pictures, weights, prepared models and peers.",
 )
 @click.option("--limit", hidden=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Also write JSON and plot.")
+@out_option
 def main(pictures: Path, cache: Path, limit: str | None, out: Path | None, **options: Any) -> None:
     """Index photographs with us and with peers, and show pictures/s beside the limit."""
     if limit:

@@ -34,11 +34,14 @@ if TYPE_CHECKING:
 __all__ = [
     "environment",
     "fill_page",
+    "folder_option",
     "format_table",
     "interleaved",
     "log_log_slope",
+    "out_option",
     "percentiles",
     "run_process",
+    "sizes_option",
     "write_report",
 ]
 
@@ -216,6 +219,38 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([joined(lines[0]), joined(rule), *(joined(line) for line in lines[1:])])
+
+
+# ── options ──────────────────────────────────────────────────────────────────────────────────────
+
+Option = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def sizes_option(name: str, default: Sequence[int], help: str, *, least: int = 1) -> Option:
+    """An option that takes numbers with commas between them, each at least `least`, sorted."""
+
+    def parse(_context: object, _option: object, value: str) -> tuple[int, ...]:
+        try:
+            sizes = tuple(sorted({int(size) for size in value.split(",")}))
+        except ValueError as exc:
+            example = ",".join(map(str, default[:2]))
+            raise click.BadParameter(f"numbers with commas between them, as {example}") from exc
+        if sizes[0] < least:
+            raise click.BadParameter(f"at least {least}")
+        return sizes
+
+    shown = ",".join(map(str, default))
+    return click.option(name, default=shown, show_default=True, callback=parse, help=help)
+
+
+folder_option = click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where libraries are made; the system's folder for temporary files if not given.",
+)
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), help="Also write JSON and plot."
+)
 
 
 # ── the page ─────────────────────────────────────────────────────────────────────────────────────

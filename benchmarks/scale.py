@@ -22,10 +22,13 @@ import click
 import recheck
 from report import (
     RETRIEVER,
+    folder_option,
     format_table,
     interleaved,
     log_log_slope,
+    out_option,
     percentiles,
+    sizes_option,
     write_report,
 )
 from synthetic import fill_store, text_queries
@@ -220,24 +223,8 @@ def _times(found: Mapping[str, float]) -> str:
     return " / ".join(f"{found[name]:.2f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
 
 
-def _sizes(_context: object, _option: object, value: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(sorted({int(size) for size in value.split(",")}))
-    except ValueError as exc:
-        raise click.BadParameter("numbers with commas between them, such as 1000,10000") from exc
-    if sizes[0] < 1:
-        raise click.BadParameter("a library has one picture at least")
-    return sizes
-
-
 @click.command()
-@click.option(
-    "--sizes",
-    default=",".join(map(str, SIZES)),
-    show_default=True,
-    callback=_sizes,
-    help="Numbers of pictures.",
-)
+@sizes_option("--sizes", SIZES, "Numbers of pictures.")
 @click.option(
     "--files",
     default=DEFAULTS.files,
@@ -254,12 +241,8 @@ def _sizes(_context: object, _option: object, value: str) -> tuple[int, ...]:
 )
 @click.option("--cold-runs", default=DEFAULTS.cold_runs, show_default=True)
 @click.option("--seed", default=DEFAULTS.seed, show_default=True, help="Of the made-up vectors.")
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Where libraries are made; the system's folder for temporary files if not given.",
-)
-@click.option("--out", type=click.Path(path_type=Path), help="Also write JSON and plot.")
+@folder_option
+@out_option
 def main(sizes: Sequence[int], folder: Path | None, out: Path | None, **options: Any) -> None:
     """Measure libraries of several sizes and show how cost grows."""
     settings = Settings(sizes=tuple(sizes), **options)

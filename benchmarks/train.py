@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 from PIL import Image
-from report import RETRIEVER, format_table, percentiles, run_process, write_report
+from report import (
+    RETRIEVER,
+    format_table,
+    percentiles,
+    run_process,
+    sizes_option,
+    write_report,
+)
 
 from retriever.settings import TrainConfig
 
@@ -260,28 +267,12 @@ def draw(record: Mapping[str, Any]) -> dict[str, "Figure"]:
     return {"": figure}
 
 
-def _sizes(_context: object, _option: object, value: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(sorted({int(size) for size in value.split(",")}))
-    except ValueError as exc:
-        raise click.BadParameter("numbers with commas between them, such as 256,1024") from exc
-    if sizes[0] < 2:
-        raise click.BadParameter("a batch has two pictures at least")
-    return sizes
-
-
 @click.command()
 @click.option("--pictures", default=DEFAULTS.pictures, show_default=True, help="To train on.")
 @click.option("--held-out", default=DEFAULTS.held_out, show_default=True, help="To measure with.")
 @click.option("--batch-size", default=DEFAULTS.batch_size, show_default=True, help="Projections.")
 @click.option("--epochs", default=DEFAULTS.epochs, show_default=True, help="Of the projections.")
-@click.option(
-    "--batches",
-    default=",".join(map(str, BATCHES)),
-    show_default=True,
-    callback=_sizes,
-    help="Sizes of batches that both towers are trained with.",
-)
+@sizes_option("--batches", BATCHES, "Sizes of batches that both towers are trained with.", least=2)
 @click.option(
     "--micro-batch", default=DEFAULTS.micro_batch, show_default=True, help="Parts of these."
 )
