@@ -39,7 +39,7 @@ def _is_plain(text: str) -> bool:
 
 def _mended(text: str) -> str:
     try:
-        import ftfy  # type: ignore[import-untyped, unused-ignore]
+        import ftfy  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as exc:
         raise MissingExtraError(
             f"a model of open_clip with the text {text[:40]!r}", "models"
