@@ -42,6 +42,7 @@ from retriever.errors import (
     printable,
 )
 from retriever.ingest import GIVEN, Failure, content_hash
+from retriever.machine import cores
 from retriever.portable import BATCH_SIZE, Record, Rows, lengths_of, named, open_rows, unit_rows
 from retriever.workers import DecodeWorkers
 
@@ -301,7 +302,7 @@ class ClipReader:
         self._encoder = encoder
         self._layout = layout
         self._folder = folder
-        threads = min(4, os.cpu_count() or 1)
+        threads = min(4, cores())
         self._workers = DecodeWorkers(threads)
         self._pool = ThreadPoolExecutor(threads, "look")
 

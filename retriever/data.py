@@ -511,7 +511,9 @@ def read_pairs(
             )
     inside: list[tuple[Caption, ...]] = [()] * len(pictures)
     if embedded:
-        with ThreadPoolExecutor(min(_SOURCE_THREADS, os.cpu_count() or 1)) as threads:
+        from retriever.machine import cores
+
+        with ThreadPoolExecutor(min(_SOURCE_THREADS, cores())) as threads:
             found = list(threads.map(_read_descriptions, pictures))
         inside = [descriptions for descriptions, _ in found]
         problems += [problem for _, problem in found if problem]

@@ -25,6 +25,7 @@ from indexes.errors import StoreLockedError
 from indexes.locks import WriterLock
 from retriever.data import Pair, read_image, read_pairs
 from retriever.errors import PictureError, UsageError
+from retriever.machine import cores
 
 # Pictures decoded between two notes of how far it is: what a kill costs, 19 MB at 224 pixels.
 _PIECE = 128
@@ -181,7 +182,7 @@ def _decode(
             return str(exc)
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(_THREADS, cores())) as threads:
         found = dict(zip(numbers, threads.map(pixels, numbers), strict=True))
     blank = np.zeros((size, size, 3), np.uint8)
     decoded = np.stack([blank if isinstance(one, str) else one for one in found.values()])
