@@ -3,6 +3,7 @@
     photos.lib/catalogue.sqlite           items, captions, embeddings (see `snapshot`)
                image-1-00000007.faiss     vectors of model 1 as of generation 7 (see `vectors`)
                caption-1-00000007.faiss
+               image-1-00000008-approximate.faiss   where that pays (see `optimizer`)
                writer.lock                who writes (see `locks`)
 
 A FAISS file is used only if it is the one that the catalogue recorded. What was committed since is

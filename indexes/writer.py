@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -286,6 +287,7 @@ class Writer:
         """
         assert self._joined is None, "optimize is a transaction of its own"
         from indexes.approximate import UnsuitableError
+        from indexes.vectors import IndexFileError
 
         with self._catalogue.read() as rows:
             before = rows.policy()
@@ -300,8 +302,13 @@ class Writer:
             if flat is None or not self._pays(flat.rows, policy):
                 self._give_up_approximate(kind, known)
             elif not is_current:
+                build = partial(self._approximate, kind, policy, texts, progress, stop)
                 try:
-                    built = self._approximate(kind, policy, texts, progress, stop)
+                    try:
+                        built = build()
+                    except IndexFileError:  # the vectors it is made of are damaged: they come anew
+                        self.finish(anew=KINDS)
+                        built = build()
                 except UnsuitableError:
                     self._give_up_approximate(kind, known)
                     continue
@@ -326,22 +333,6 @@ class Writer:
         stop: Callable[[], bool] | None,
     ) -> ApproximateFile | None:
         """An approximate index written beside the others, or None if it was stopped."""
-        from indexes.vectors import IndexFileError
-
-        try:
-            return self._built(kind, policy, texts, progress, stop)
-        except IndexFileError:  # the vectors that it is made of are damaged: they come anew
-            self.finish(anew=KINDS)
-            return self._built(kind, policy, texts, progress, stop)
-
-    def _built(
-        self,
-        kind: Kind,
-        policy: SearchPolicy,
-        texts: Callable[[], NDArray[np.float32]] | None,
-        progress: Callable[[int, int], None] | None,
-        stop: Callable[[], bool] | None,
-    ) -> ApproximateFile | None:
         from indexes.optimizer import build, sample
         from indexes.vectors import VectorIndex
 
