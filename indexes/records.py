@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ SOURCES: tuple[Source, ...] = ("text", "image")
 DEFAULT_OVERLAP = 0.99  # see SearchPolicy
 UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to a store
 STORED_TOLERANCE = 2e-3  # the same, after rounding to float16
+
+FACTS = 1  # what is read of a picture's file beside its embedding; see `ItemWrite.facts`
+Extras = tuple[tuple[str, str | float], ...]  # sorted by key; one several times is a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class KnownFile:
 
     `picture_embedded` and `captions_embedded` say whether the store's model has embedded the
     picture and all of its captions; another model of the same library may have been ahead.
+    `facts` below FACTS means that an older version wrote it: its file knows more than the store.
     """
 
     item_id: int
@@ -82,6 +86,8 @@ class KnownFile:
     captions: tuple[CaptionRow, ...]
     picture_embedded: bool = True
     captions_embedded: bool = True
+    extras: Extras = ()
+    facts: int = FACTS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +100,10 @@ class ItemWrite:
     of unit length, or None for content that the store has already: the embedding of an item with
     the same `content_hash` is copied. `caption_embeddings` is (n_captions, d), None if there are
     no captions. `item_id` None means the item at this root and file, made if absent.
+
+    `camera`, `latitude` (-90 to 90), `longitude` (-180 to 180) and `perceptual_hash` (64 bits as a
+    signed number) are facts of the file, as `width` and `taken` are; `facts` is FACTS if whoever
+    writes looked for them all. `extras` are further columns of a captions file.
     """
 
     file: str
@@ -108,6 +118,12 @@ class ItemWrite:
     caption_embeddings: NDArray[np.float32] | None = None
     failure: str | None = None
     item_id: int | None = None
+    camera: str | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+    perceptual_hash: int | None = None
+    extras: Extras = ()
+    facts: int = FACTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +143,12 @@ class ItemRow:
     status: Status
     reason: str | None
     captions: tuple[CaptionRow, ...]
+    camera: str | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+    perceptual_hash: int | None = None
+    extras: Extras = ()
+    facts: int = FACTS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,6 +161,47 @@ class Match:
 
     ids: NDArray[np.int64]
     scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A word of a query as the words of a library have it.
+
+    `count` items have it. `corrected_from` is what was typed, where no item had that. `left_out`:
+    it stands in so many items that the rarer words of the query were taken alone.
+    """
+
+    text: str
+    count: int
+    corrected_from: str | None = None
+    left_out: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WordMatch:
+    """The items whose words answer a query, best first; equal scores are ordered by id.
+
+    ids: (k',) int64. scores: (k',) float32 in [0, 1], see `indexes.words`.
+    """
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """What was measured of a library for one model, as it was after change number `change`.
+
+    rows: pictures that were embedded then. facts: whatever JSON can hold, by who measured it.
+    means: (2, d) float32, of the embeddings of pictures and of captions, not of unit length; zeros
+    where there are none.
+    """
+
+    change: int
+    rows: int
+    facts: dict[str, Any]
+    means: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
