@@ -1,0 +1,254 @@
+"""Why a picture is an answer: what each channel, each word and each part of the picture gave.
+
+Everything is found by leaving something out and asking again, so it holds for every encoder: a word
+of the query (`contributions`) or a patch of the picture (`heat_map`). What a part gave is how much
+the score falls without it; below zero, it rose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from retriever.encoders import Encoder
+
+Rows = NDArray[np.float32]
+
+MAX_WORDS = 64  # of a query; encoders read few more
+# Scripts without spaces: each character is left out by itself.
+_WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af]"
+    r"|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af]+"
+    r"(?:['’-]\w+)*"
+)
+
+CELLS = 8  # of the grid over a picture, on each side
+SPAN = 3  # cells that a patch covers, on each side
+OVERLAY_SIDE = 640  # pixels, at most
+# A smaller fall of the cosine is no finding: it is not stretched over all colours.
+LEAST_PEAK = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What one channel gave to a hit: its score, its weight, and its share of their sum, 0 to 1."""
+
+    name: str
+    score: float
+    weight: float
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word of the query, and by how much the score falls without it."""
+
+    text: str
+    change: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a picture was found.
+
+    caption, caption_score: the picture's caption nearest to the query, and its cosine with it.
+    words: in the order of the query; none if it has no text. percentile: of the best scores that
+    unrelated texts find here, the share that this hit's is above, 0 to 100.
+    """
+
+    channels: tuple[Channel, ...]
+    caption: str | None = None
+    caption_score: float | None = None
+    words: tuple[Word, ...] = ()
+    percentile: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON can hold it, numbers rounded to what they can be believed to."""
+
+        def rounded(number: float | None, digits: int = 4) -> float | None:
+            return None if number is None else round(number, digits)
+
+        return {
+            "channels": {
+                one.name: {
+                    "score": rounded(one.score),
+                    "weight": rounded(one.weight),
+                    "share": rounded(one.share),
+                }
+                for one in self.channels
+            },
+            "caption": self.caption,
+            "caption_score": rounded(self.caption_score),
+            "words": [{"word": one.text, "change": rounded(one.change)} for one in self.words],
+            "percentile": rounded(self.percentile, 1),
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people, a few short lines."""
+        told = []
+        if len(self.channels) > 1:
+            parts = [
+                f"{one.name} {one.share:.0%} ({one.weight:.2f} x {one.score:.2f})"
+                for one in sorted(self.channels, key=lambda one: -one.share)
+            ]
+            told.append(f"from {', '.join(parts)}")
+        if self.caption_score is not None:
+            told.append(f"nearest caption {self.caption_score:.3f}: {self.caption}")
+        if self.words:
+            # A minus as long as the plus; -0.00 says no more than 0.00.
+            told.append("words " + ", ".join(f"{w.text} {_signed(w.change)}" for w in self.words))
+        if self.percentile is not None:
+            told.append(f"above {self.percentile:.0f} % of what unrelated texts find here")
+        return told
+
+
+def shares(scores: Mapping[str, float], weights: Mapping[str, float]) -> tuple[Channel, ...]:
+    """The channels that have a weight, in the order of the weights.
+
+    A share is of the sum of what speaks for the picture; what speaks against it has none.
+    """
+    parts = {name: max(0.0, weights[name] * scores[name]) for name in weights if name in scores}
+    total = sum(parts.values())
+    return tuple(
+        Channel(name, scores[name], weights[name], part / total if total else 0.0)
+        for name, part in parts.items()
+    )
+
+
+def without_each_word(text: str) -> list[tuple[str, str]]:
+    """(word, the text without it) for the first words of a text, in their order.
+
+    Punctuation stays where it was. Of scripts that write no spaces each character is a word.
+    """
+    found = list(_WORD.finditer(text))[:MAX_WORDS]
+    return [(one[0], " ".join((text[: one.start()] + text[one.end() :]).split())) for one in found]
+
+
+def contributions(
+    rows: Rows,
+    weights: Mapping[str, float],
+    pictures: Rows,
+    captions: Sequence[Rows],
+) -> NDArray[np.float64]:
+    """How much of the score of each of n pictures goes with each of m words: (n, m).
+
+    Args:
+        rows: (1 + m, d), the embedding of the query, then those of the query without each word.
+        weights: of the channels "image" and "caption"; one that is not named counts nothing.
+        pictures: (n, d), the pictures' embeddings.
+        captions: for each picture (c, d), those of its captions; the nearest one counts.
+    """
+    scores = weights.get("image", 0.0) * (pictures.astype(np.float64) @ rows.T)
+    if weight := weights.get("caption", 0.0):
+        for row, own in zip(scores, captions, strict=True):
+            if len(own):
+                row += weight * (own.astype(np.float64) @ rows.T).max(axis=0)
+    return scores[:, :1] - scores[:, 1:]
+
+
+def heat_map(encoder: Encoder, picture: Image.Image, query: str | Rows) -> Rows:
+    """How much each place of a picture gives to its score: (h, w) float32, in units of the cosine.
+
+    Patches of the picture, one after the other and overlapping, are covered with its mean colour;
+    a place has the mean fall of the score over the patches that covered it. Places that speak
+    against the query are below zero. Zeiler & Fergus 2014 (Visualizing and Understanding
+    Convolutional Networks), arXiv:1311.2901, section 4.2.
+
+    Args:
+        encoder: any; it reads about a hundred pictures.
+        picture: RGB. Its proportions are those of the map, whose shorter side is at most the one
+            that the encoder reads.
+        query: a text, or a unit row (d,).
+
+    Raises:
+        EncoderError: the model cannot be run.
+    """
+    from PIL import Image
+
+    row = encoder.encode_texts([query])[0] if isinstance(query, str) else query
+    ratio = min(1.0, encoder.image_size / min(picture.size))
+    width, height = (max(CELLS, round(side * ratio)) for side in picture.size)
+    small = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.asarray(small)
+    mean = pixels.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
+    downs = [round(height * cell / CELLS) for cell in range(CELLS + 1)]
+    rights = [round(width * cell / CELLS) for cell in range(CELLS + 1)]
+    # From patches that only just reach in at one corner to those at the opposite one, so that
+    # cells at the border are covered as often as any.
+    reaches = [(max(0, last - SPAN), min(CELLS, last)) for last in range(1, CELLS + SPAN)]
+    covered = [pixels]
+    for top, bottom in reaches:
+        for left, right in reaches:
+            one = pixels.copy()
+            one[downs[top] : downs[bottom], rights[left] : rights[right]] = mean
+            covered.append(one)
+    base, *scores = (encoder.encode_images(covered) @ row).tolist()
+    falls = np.zeros((CELLS, CELLS), dtype=np.float32)
+    patches = ((down, right) for down in reaches for right in reaches)
+    for (down, right), score in zip(patches, scores, strict=True):
+        falls[slice(*down), slice(*right)] += base - score
+    cells = Image.fromarray(falls / SPAN**2)
+    return np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+
+
+def overlay(picture: Image.Image, heat: Rows) -> Image.Image:
+    """The picture in grey, with colour where the map is above zero, up to yellow at its peak.
+
+    Lightness grows evenly with the map, so that it is read alike in print and by eyes that see
+    fewer colours. A map whose peak is below LEAST_PEAK stays pale: nothing was found.
+    """
+    from PIL import Image
+
+    shown = picture.convert("RGB")
+    shown.thumbnail((OVERLAY_SIDE, OVERLAY_SIDE), Image.Resampling.LANCZOS)
+    level = np.clip(heat / max(float(heat.max()), LEAST_PEAK), 0.0, 1.0)
+    resized = Image.fromarray(level.astype(np.float32)).resize(shown.size, Image.Resampling.BICUBIC)
+    level = np.clip(np.asarray(resized), 0.0, 1.0)
+    grey = np.asarray(shown.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=2)
+    colours = palette()[np.round(level * 255).astype(np.intp)]
+    alpha = (0.75 * np.sqrt(level))[..., None]
+    # The picture's own light and dark stays to be seen through the colour.
+    mixed = grey * (1 - alpha) + colours * alpha * (0.4 + 0.6 * grey / 255)
+    return Image.fromarray(np.round(mixed).clip(0, 255).astype(np.uint8))
+
+
+def palette() -> NDArray[np.float64]:
+    """256 colours from dark violet over red to light yellow, (256, 3), sRGB from 0 to 255.
+
+    Steps of equal size are seen as equal: lightness and hue go evenly at one chroma in OKLab
+    (Ottosson 2020, A perceptual color space for image processing).
+    """
+    lightness = np.linspace(0.35, 0.9, 256)
+    hue = np.radians(np.linspace(-70, 95, 256))
+    a, b = 0.14 * np.cos(hue), 0.14 * np.sin(hue)
+    cones = (
+        np.stack(
+            [
+                lightness + 0.3963377774 * a + 0.2158037573 * b,
+                lightness - 0.1055613458 * a - 0.0638541728 * b,
+                lightness - 0.0894841775 * a - 1.2914855480 * b,
+            ]
+        )
+        ** 3
+    )
+    to_rgb = [
+        [4.0767416621, -3.3077115913, 0.2309699292],
+        [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ]
+    light = (np.array(to_rgb) @ cones).T
+    curved = np.where(light <= 0.0031308, 12.92 * light, 1.055 * np.abs(light) ** (1 / 2.4) - 0.055)
+    return 255 * curved
+
+
+def _signed(change: float) -> str:
+    text = f"{change:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
