@@ -22,6 +22,7 @@ LAYERS = [
     {"retriever.library", "retriever.training", "retriever.evaluation", "retriever.export"},
     {"retriever.exchange"},
     {"retriever.clip_retrieval"},
+    {"retriever.explain"},
     {
         *("retriever.checks", "retriever.ingest", "retriever.portable"),
         *("retriever.search", "retriever.samples"),
@@ -32,6 +33,7 @@ LAYERS = [
     {"retriever.decoding", "retriever.descriptions", "retriever.towers"},
     {
         *("retriever.captions", "retriever.machine", "retriever.metrics"),
+        "retriever.duplicates",
         *("retriever.objectives", "retriever.settings"),
     },
     {"retriever.cleaning", "retriever.phrases", "retriever.preprocessing"},
