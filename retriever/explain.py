@@ -1,26 +1,35 @@
 """Why a picture is an answer: what each channel, each word and each part of the picture gave.
 
 Everything is found by leaving something out and asking again, so it holds for every encoder: a word
-of the query (`contributions`) or a patch of the picture (`heat_map`). What a part gave is how much
+of the query (`explain`) or a patch of the picture (`heat_map`). What a part gave is how much
 the score falls without it; below zero, it rose.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from retriever.errors import PictureError, printable
+
 if TYPE_CHECKING:
     from PIL import Image
 
+    from retriever.calibration import Calibration
+    from retriever.channels import Channels, Fusion, Mode
     from retriever.encoders import Encoder
+    from retriever.search import Hit, Query
 
+Ids = NDArray[np.int64]
 Rows = NDArray[np.float32]
+Scores = NDArray[np.float32]
 
 MAX_WORDS = 64  # of a query; encoders read few more
 # Scripts without spaces: each character is left out by itself.
@@ -29,8 +38,10 @@ _WORD = re.compile(
     r"|[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af]+"
     r"(?:['’-]\w+)*"
 )
+_UNSAFE = re.compile(r"[^\w.-]+")  # in the name of a file
 
 CELLS = 8  # of the grid over a picture, on each side
+MAX_ASPECT = 4  # beyond, a picture is squeezed: a hundred copies of it are in memory
 SPAN = 3  # cells that a patch covers, on each side
 OVERLAY_SIDE = 640  # pixels, at most
 # A smaller fall of the cosine is no finding: it is not stretched over all colours.
@@ -60,8 +71,8 @@ class Explanation:
     """Why a picture was found.
 
     caption, caption_score: the picture's caption nearest to the query, and its cosine with it.
-    words: in the order of the query; none if it has no text. percentile: of the best scores that
-    unrelated texts find here, the share that this hit's is above, 0 to 100.
+    words: in the order of the query; none if it has fewer than two. percentile: share of unrelated
+    texts whose best answer in this library has a lower score, 0 to 1.
     """
 
     channels: tuple[Channel, ...]
@@ -88,7 +99,7 @@ class Explanation:
             "caption": self.caption,
             "caption_score": rounded(self.caption_score),
             "words": [{"word": one.text, "change": rounded(one.change)} for one in self.words],
-            "percentile": rounded(self.percentile, 1),
+            "percentile": rounded(self.percentile),
         }
 
     def lines(self) -> list[str]:
@@ -106,7 +117,8 @@ class Explanation:
             # A minus as long as the plus; -0.00 says no more than 0.00.
             told.append("words " + ", ".join(f"{w.text} {_signed(w.change)}" for w in self.words))
         if self.percentile is not None:
-            told.append(f"above {self.percentile:.0f} % of what unrelated texts find here")
+            percent = math.floor(100 * self.percentile)
+            told.append(f"above {percent} % of what unrelated texts find here")
         return told
 
 
@@ -132,26 +144,91 @@ def without_each_word(text: str) -> list[tuple[str, str]]:
     return [(one[0], " ".join((text[: one.start()] + text[one.end() :]).split())) for one in found]
 
 
-def contributions(
-    rows: Rows,
-    weights: Mapping[str, float],
-    pictures: Rows,
-    captions: Sequence[Rows],
-) -> NDArray[np.float64]:
-    """How much of the score of each of n pictures goes with each of m words: (n, m).
+def explain(
+    hits: Sequence[Hit],
+    query: Query,
+    mode: Mode,
+    channels: Callable[[Query], Channels],
+    calibration: Calibration | None = None,
+) -> list[Explanation]:
+    """Why each of these hits was found, in their order.
+
+    What a word gave is told for texts of two words and more: it is asked again without each of
+    them, which takes an embedding for every word and no search.
 
     Args:
-        rows: (1 + m, d), the embedding of the query, then those of the query without each word.
-        weights: of the channels "image" and "caption"; one that is not named counts nothing.
-        pictures: (n, d), the pictures' embeddings.
-        captions: for each picture (c, d), those of its captions; the nearest one counts.
+        hits: answers to the query, by `mode`.
+        query: as it was searched for; its pictures are encoded once for each word of its texts.
+        mode: "image", "caption", "words" or "hybrid".
+        channels: how the searcher hears a query, as `Searcher.channels`.
+        calibration: of this library; without one no percentile is told.
+
+    Raises:
+        As `channels` does for the query itself.
     """
-    scores = weights.get("image", 0.0) * (pictures.astype(np.float64) @ rows.T)
-    if weight := weights.get("caption", 0.0):
-        for row, own in zip(scores, captions, strict=True):
-            if len(own):
-                row += weight * (own.astype(np.float64) @ rows.T).max(axis=0)
-    return scores[:, :1] - scores[:, 1:]
+    whole = channels(query)
+    ids = np.array(sorted({hit.item_id for hit in hits}), dtype=np.int64)
+    known, scores = _scores(whole, ids)
+    parts = _without_each_word(query)
+    total = _total(scores, mode, whole.fusion)
+    changes = np.zeros((len(parts), len(known)))
+    for change, (_, rest) in zip(changes, parts, strict=True):
+        still, without = _scores(channels(rest), known)
+        where = np.searchsorted(known, still)  # another process may have removed some since
+        change[where] = total[where] - _total(without, mode, whole.fusion)
+    above = None
+    if calibration and query.source == "text":
+        above = calibration.percentile(total, mode)
+    explanations = {}
+    for at, item_id in enumerate(known.tolist()):
+        own = {name: float(several[at]) for name, several in scores.items()}
+        nearest = own.get("caption", math.nan)
+        explanations[item_id] = Explanation(
+            channels=shares(own, _weights(own, mode, whole.fusion)),
+            caption_score=None if math.isnan(nearest) else nearest,
+            words=tuple(
+                Word(word, float(change))
+                for (word, _), change in zip(parts, changes[:, at], strict=True)
+            ),
+            percentile=None if above is None else float(above[at]),
+        )
+    return [
+        replace(found, caption=hit.caption) if found else Explanation(())
+        for hit in hits
+        for found in (explanations.get(hit.item_id),)
+    ]
+
+
+def _scores(channels: Channels, ids: Ids) -> tuple[Ids, Mapping[str, Scores]]:
+    """Which of the ids are still there, and what each channel gives to those."""
+    if channels.row is not None:
+        return channels.scores(ids)
+    with channels.store.snapshot() as rows:  # only the words are looked at
+        return ids, {"words": rows.word_scores(channels.text, ids)}
+
+
+def _total(scores: Mapping[str, Scores], mode: Mode, fusion: Fusion) -> NDArray[np.float64]:
+    total = fusion.fuse(scores) if mode == "hybrid" else scores[mode]
+    return np.nan_to_num(total.astype(np.float64))
+
+
+def _weights(own: Mapping[str, float], mode: Mode, fusion: Fusion) -> Mapping[str, float]:
+    if mode != "hybrid":
+        return {mode: 1.0}
+    if math.isnan(own["caption"]):
+        return {"image": fusion.bare[1], "words": fusion.weights["words"]}
+    return fusion.weights
+
+
+def _without_each_word(query: Query) -> list[tuple[str, Query]]:
+    """(word, the query without it) for each word of its texts; none if little would be left."""
+    found = []
+    for at, (text, weight) in enumerate(query.texts):
+        for word, rest in without_each_word(text):
+            texts = (*query.texts[:at], (rest, weight), *query.texts[at + 1 :])
+            if _WORD.search(rest):
+                found.append((word, replace(query, texts=texts)))
+    return found[:MAX_WORDS]
 
 
 def heat_map(encoder: Encoder, picture: Image.Image, query: str | Rows) -> Rows:
@@ -165,7 +242,7 @@ def heat_map(encoder: Encoder, picture: Image.Image, query: str | Rows) -> Rows:
     Args:
         encoder: any; it reads about a hundred pictures.
         picture: RGB. Its proportions are those of the map, whose shorter side is at most the one
-            that the encoder reads.
+            that the encoder reads; those of a strip are MAX_ASPECT.
         query: a text, or a unit row (d,).
 
     Raises:
@@ -175,7 +252,8 @@ def heat_map(encoder: Encoder, picture: Image.Image, query: str | Rows) -> Rows:
 
     row = encoder.encode_texts([query])[0] if isinstance(query, str) else query
     ratio = min(1.0, encoder.image_size / min(picture.size))
-    width, height = (max(CELLS, round(side * ratio)) for side in picture.size)
+    longest = MAX_ASPECT * encoder.image_size
+    width, height = (min(max(CELLS, round(side * ratio)), longest) for side in picture.size)
     small = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     pixels = np.asarray(small)
     mean = pixels.reshape(-1, 3).mean(axis=0).round().astype(np.uint8)
@@ -197,6 +275,51 @@ def heat_map(encoder: Encoder, picture: Image.Image, query: str | Rows) -> Rows:
         falls[slice(*down), slice(*right)] += base - score
     cells = Image.fromarray(falls / SPAN**2)
     return np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
+
+
+def write_heat_maps(
+    encoder: Encoder,
+    row: Rows,
+    hits: Sequence[Hit],
+    folder: Path,
+    *,
+    notes: list[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Overlays of hits as PNG files in a folder, in their order; gives the files' paths.
+
+    They are called by rank and picture, as `01-chelsea.png`; files of these names are replaced.
+
+    Args:
+        encoder: the one that made `row`.
+        row: (d,), the query as it was compared with pictures.
+        hits: about a hundred pictures are encoded for each.
+        folder: made if absent.
+        notes: a picture that cannot be read is left out and added to it.
+        progress: called with (done, total) hits.
+
+    Raises:
+        EncoderError: the model cannot be run.
+        OSError: a file cannot be written.
+    """
+    from retriever.data import read_image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for done, hit in enumerate(hits, start=1):
+        try:
+            picture = read_image(hit.path, target=OVERLAY_SIDE).image
+        except PictureError as exc:
+            if notes is not None:
+                notes.append(str(exc))
+        else:
+            name = _UNSAFE.sub("_", printable(hit.path.stem))[:80]
+            file = folder / f"{hit.rank:02d}-{name}.png"
+            overlay(picture, heat_map(encoder, picture, row)).save(file)
+            written.append(file)
+        if progress:
+            progress(done, len(hits))
+    return written
 
 
 def overlay(picture: Image.Image, heat: Rows) -> Image.Image:
