@@ -56,6 +56,7 @@ def verify(path: Path, catalogue: Reader) -> list[str]:
     try:
         with catalogue.read() as state:
             found += state.problems()
+            found += state.word_problems()
             for model_id, model in state.models().items():
                 for kind in KINDS:
                     found += _verify_kind(path, state.of_model(model_id), model, kind)
@@ -260,6 +261,9 @@ def _mend_rows(path: Path, catalogue: Catalogue) -> Iterator[str]:
     with catalogue.write() as state:
         if orphans := state.remove_orphans():
             yield f"{orphans} rows that belong to nothing were removed"
+        if wrong := state.word_problems():
+            state.make_words()
+            yield f"the words were made anew: {wrong[0]}"
         for model_id, model in state.models().items():
             rows = state.of_model(model_id)
             for kind in KINDS:

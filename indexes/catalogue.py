@@ -20,11 +20,14 @@ import numpy as np
 import sqlalchemy as sa
 from numpy.typing import NDArray
 
+from indexes import words
 from indexes.errors import InvalidRowsError
 from indexes.migrations import MIGRATIONS, RECORD, WORDS
 from indexes.records import (
     ApproximateFile,
     CaptionRow,
+    Extras,
+    Fit,
     IndexFile,
     ItemWrite,
     Kind,
@@ -48,6 +51,7 @@ _TYPES: Mapping[str, sa.types.TypeEngine[Any]] = {
     "integer": sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
     "text": sa.Text(),
     "blob": sa.LargeBinary(),
+    "real": sa.Double(),
     "time": sa.DateTime(),
 }
 metadata = sa.MetaData()
@@ -73,6 +77,8 @@ embeddings: Mapping[Kind, sa.Table] = {
 tombstones = _table("tombstones")
 index_files = _table("index_files")
 approximate_files = _table("approximate_files")
+extras = _table("extras")
+fits = _table("fits")
 schema_migrations = _table("schema_migrations")
 
 
@@ -114,10 +120,10 @@ class Catalogue(Reader):
             self.copy(self.path.with_name(f"{self.path.stem}.schema-{applied}.sqlite"))
         with _translated(self.path), self._engine.begin() as connection:
             connection.exec_driver_sql(RECORD)
-            words = WORDS[self._engine.dialect.name]
+            dialect = WORDS[self._engine.dialect.name]
             for number in range(applied, len(MIGRATIONS)):
                 migration = MIGRATIONS[number]
-                for statement in migration(words):
+                for statement in migration(dialect):
                     connection.exec_driver_sql(statement)
                 connection.execute(
                     schema_migrations.insert().values(
@@ -126,6 +132,8 @@ class Catalogue(Reader):
                         applied_at=datetime.now(UTC).isoformat(timespec="seconds"),
                     )
                 )
+            if applied:
+                Transaction(connection, self.model_id, self.path).make_words()
 
     def vacuum(self) -> None:
         """Give the space of what was deleted back to the file system.
@@ -170,7 +178,23 @@ def _item_values(root_id: int, item: ItemWrite) -> dict[str, Any]:
         "status": "ok" if item.failure is None else "failed",
         # A reason may quote a file name that is not valid text.
         "reason": item.failure and item.failure.encode("utf-8", "backslashreplace").decode(),
+        "camera": item.camera,
+        "latitude": item.latitude,
+        "longitude": item.longitude,
+        "perceptual_hash": item.perceptual_hash,
+        "facts": item.facts,
     }
+
+
+def _extra_values(item_id: int, pairs: Extras) -> Iterator[dict[str, Any]]:
+    for key, value in pairs:
+        is_text = isinstance(value, str)
+        yield {
+            "item_id": item_id,
+            "key": key,
+            "text": value if is_text else None,
+            "number": None if is_text else value,
+        }
 
 
 def _file_values(model_id: int, kind: Kind, file: IndexFile) -> dict[str, Any]:
@@ -238,7 +262,7 @@ class Transaction(Snapshot):
         _ = self.change  # drawn, so that those who have the store open look again
         # What only this model has seen would be left with no embedding at all: such items are
         # read again by the next run, as those are whose bytes could not be read.
-        for table in (*embeddings.values(), tombstones, index_files, approximate_files):
+        for table in (*embeddings.values(), tombstones, index_files, approximate_files, fits):
             self._core.execute(table.delete().where(table.c.model_id == model_id))
         self._core.execute(models.delete().where(models.c.id == model_id))
         self.forget_contents(
@@ -256,6 +280,15 @@ class Transaction(Snapshot):
                 .where(items.c.id.in_(chunk))
                 .values(status="failed", reason=reason, content_hash=None)
             )
+        words.remove(self._connection, ids)
+
+    def make_words(self) -> None:
+        """Make the table of words anew."""
+        words.make(self._connection)
+
+    def optimize_words(self) -> None:
+        """Have as little to read for each word as can be."""
+        words.optimize(self._connection)
 
     def remove_orphans(self) -> int:
         """Delete rows that point to rows that are gone; how many."""
@@ -320,6 +353,8 @@ class Transaction(Snapshot):
         if "path" in values:
             values["path"] = os.fsencode(values["path"])
         self._core.execute(roots.update().where(roots.c.id == root_id).values(**values))
+        if "path" in values:  # whose last part is a folder's name
+            words.follow(self._connection, self.item_ids(root_id))
 
     def write_items(self, root_id: int, batch: Sequence[ItemWrite]) -> list[int]:
         """Ids of these items, in order, which are now as the batch says."""
@@ -340,6 +375,7 @@ class Transaction(Snapshot):
         changed = [item_id for item_id in ids if item_id is not None]
         self._drop_embeddings("image", changed)
         self._drop_captions(changed)
+        self._delete(extras, extras.c.item_id, changed)
         added = []
         for item_id, item in zip(ids, batch, strict=True):
             values = _item_values(root_id, item)
@@ -355,6 +391,8 @@ class Transaction(Snapshot):
             (item_id, item.captions, item.caption_embeddings)
             for item_id, item in zip(whole, batch, strict=True)
         )
+        self._put_extras((item_id, item.extras) for item_id, item in zip(whole, batch, strict=True))
+        words.follow(self._connection, whole)
         return whole
 
     def _image_vectors(self, batch: Sequence[ItemWrite]) -> list[Vectors | None]:
@@ -417,17 +455,32 @@ class Transaction(Snapshot):
                 [(one, v) for one, v in zip(kept, given, strict=False) if one not in have],
             )
             self._put_captions([(item_id, rows[len(kept) :], vectors[len(kept) :])], len(kept))
+        words.follow(self._connection, [item_id])
+
+    def set_extras(self, item_id: int, pairs: Extras) -> None:
+        """Replace an item's further columns."""
+        self._delete(extras, extras.c.item_id, [item_id])
+        self._put_extras([(item_id, pairs)])
+
+    def set_facts(self, item_id: int, **values: Any) -> None:
+        """Set what was read of an item's file beside its embedding."""
+        self._update_item(item_id, values)
 
     def update_place(self, item_id: int, **values: Any) -> None:
         """Set where an item is (root_id, file) or its size and time stamp."""
-        if "file" in values:
+        is_moved = "file" in values
+        if is_moved:
             values["file"] = os.fsencode(values["file"])
         self._update_item(item_id, values)
+        if is_moved:
+            words.follow(self._connection, [item_id])
 
     def remove(self, ids: Collection[int]) -> None:
         """Remove items with their captions and embeddings."""
         self._drop_embeddings("image", ids)
         self._drop_captions(ids)
+        words.remove(self._connection, ids)
+        self._delete(extras, extras.c.item_id, ids)
         self._delete(items, items.c.id, ids)
 
     def record_index(self, model_id: int, kind: Kind, file: IndexFile | None) -> None:
@@ -449,6 +502,19 @@ class Transaction(Snapshot):
             del facts["file"]
             values = _file_values(model_id, kind, built.file) | {"facts": json.dumps(facts)}
             self._core.execute(table.insert().values(values))
+
+    def record_fit(self, fit: Fit) -> None:
+        """What was measured of this library for this model, from now on."""
+        self._core.execute(fits.delete().where(fits.c.model_id == self.model_id))
+        self._core.execute(
+            fits.insert().values(
+                model_id=self.model_id,
+                change=fit.change,
+                rows=fit.rows,
+                facts=json.dumps(fit.facts, allow_nan=False),
+                means=fit.means.astype("<f4").tobytes(),
+            )
+        )
 
     def set_policy(self, policy: SearchPolicy) -> None:
         """How this store may search from now on."""
@@ -506,6 +572,11 @@ class Transaction(Snapshot):
         ids = self._insert_many(captions, texts)
         embedded = [(row_id, v) for row_id, v in zip(ids, vectors, strict=True) if v is not None]
         self._put_embeddings("caption", embedded)
+
+    def _put_extras(self, rows: Iterable[tuple[int, Extras]]) -> None:
+        values = [one for item_id, pairs in rows for one in _extra_values(item_id, pairs)]
+        if values:
+            self._core.execute(extras.insert(), values)
 
     def _drop_captions(self, item_ids: Collection[int]) -> None:
         old = self.caption_ids(item_ids)

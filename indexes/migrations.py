@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 # Types whose names differ between databases. AUTOINCREMENT: ids of removed rows are never given
 # out again, because a FAISS file may still hold their vectors.
 WORDS: Mapping[str, Mapping[str, str]] = {
-    "sqlite": {"key": "INTEGER PRIMARY KEY AUTOINCREMENT", "blob": "BLOB"},
+    "sqlite": {
+        "key": "INTEGER PRIMARY KEY AUTOINCREMENT",
+        "blob": "BLOB",
+        "words": "CREATE VIRTUAL TABLE words USING fts5(captions, name, folders,"
+        " tokenize = 'porter unicode61 remove_diacritics 2')",
+    },
 }
 # Which migrations a database has had; made before the first one.
 RECORD = """CREATE TABLE IF NOT EXISTS schema_migrations (
@@ -117,8 +122,42 @@ def m003_approximate_files(words: Mapping[str, str]) -> Sequence[str]:
     ]
 
 
+def m004_facts_words_and_fits(words: Mapping[str, str]) -> Sequence[str]:
+    """Facts of a picture's file, further columns of captions files, words, what was measured.
+
+    The rows of `words` are derived: `Catalogue.migrate` makes those of a library that is there.
+    """
+    key, blob = words["key"], words["blob"]
+    return [
+        "ALTER TABLE items ADD COLUMN camera TEXT",
+        "ALTER TABLE items ADD COLUMN latitude REAL",
+        "ALTER TABLE items ADD COLUMN longitude REAL",
+        "ALTER TABLE items ADD COLUMN perceptual_hash BIGINT",
+        "ALTER TABLE items ADD COLUMN facts INTEGER NOT NULL DEFAULT 0",
+        f"""CREATE TABLE extras (
+            id {key},
+            item_id BIGINT NOT NULL REFERENCES items (id) ON DELETE CASCADE,
+            key TEXT NOT NULL,
+            text TEXT,
+            number REAL)""",
+        "CREATE INDEX extras_by_item ON extras (item_id)",
+        "CREATE INDEX extras_by_text ON extras (key, text)",
+        "CREATE INDEX extras_by_number ON extras (key, number)",
+        f"""CREATE TABLE fits (
+            model_id BIGINT NOT NULL PRIMARY KEY REFERENCES models (id) ON DELETE CASCADE,
+            change BIGINT NOT NULL,
+            rows BIGINT NOT NULL,
+            facts TEXT NOT NULL,
+            means {blob} NOT NULL)""",
+        words["words"],
+        "CREATE VIRTUAL TABLE words_terms USING fts5vocab(words, row)",
+        "CREATE VIRTUAL TABLE words_places USING fts5vocab(words, instance)",
+    ]
+
+
 MIGRATIONS: tuple[Callable[[Mapping[str, str]], Sequence[str]], ...] = (
     m001_create_tables,
     m002_remember_full_runs,
     m003_approximate_files,
+    m004_facts_words_and_fits,
 )

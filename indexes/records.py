@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ UNIT_TOLERANCE = 1e-3  # of the length of embeddings and queries handed to a sto
 STORED_TOLERANCE = 2e-3  # the same, after rounding to float16
 
 FACTS = 1  # what is read of a picture's file beside its embedding; see `ItemWrite.facts`
-Extras = tuple[tuple[str, str | float], ...]  # sorted by key; one several times is a list
+Extras = tuple[tuple[str, str | float], ...]  # as `in_order` has them; a key twice is a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,11 @@ class CaptionRow:
 
     text: str
     source: str
+
+
+def in_order(extras: Iterable[tuple[str, str | float]]) -> Extras:
+    """Further columns as every row has them: by key, of one key the numbers first."""
+    return tuple(sorted(extras, key=lambda pair: (pair[0], isinstance(pair[1], str), pair[1])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ TABLES = (
     "roots",
     "items",
     "captions",
+    "extras",
     "image_embeddings",
     "caption_embeddings",
     "index_files",
@@ -36,7 +37,13 @@ RESTORE_INFO = """
         (SELECT coalesce(max(change), 0) + 1 FROM image_embeddings)
         + (SELECT coalesce(max(change), 0) FROM caption_embeddings)
     WHERE EXISTS (SELECT 1 FROM models)"""
-KINDS = {"INT": int, "TEXT": str, "TIMESTAMP": str, "BLOB": bytes}  # by a word of the declaration
+KINDS = {
+    "INT": int,
+    "TEXT": str,
+    "TIMESTAMP": str,
+    "BLOB": bytes,
+    "REAL": float,
+}  # by a word of the declaration
 STEP = 1 << 14  # rows asked for at once; where that fails, ever fewer
 GIVE_UP = 20_000  # single rows in a row that cannot be read: the rest of the table is gone
 

@@ -13,16 +13,17 @@ import json
 import os
 import sqlite3
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from indexes import words
 from indexes.errors import (
     StoreDamagedError,
     StoreError,
@@ -38,7 +39,9 @@ from indexes.records import (
     ApproximateFile,
     CaptionRow,
     Direction,
+    Extras,
     FileStamp,
+    Fit,
     IndexFile,
     ItemRow,
     Kind,
@@ -47,17 +50,24 @@ from indexes.records import (
     RootInfo,
     SearchPolicy,
     Status,
+    WordMatch,
+    in_order,
 )
+
+if TYPE_CHECKING:
+    from indexes.filters import Condition
 
 BUSY_SECONDS = 30
 # Ids in one statement: below every database's limit, and few enough to compile quickly.
 IN_CHUNK = 500
 # No encoder has more dimensions, and a damaged number must not ask for all memory.
 MAX_DIM = 1 << 16
+# From so many items on, one reading of all captions' ids costs less than looking for each.
+MANY = 5_000
 # Vectors read at a time while building an index: 4096 x 512-d are 4 MiB.
 VECTOR_CHUNK = 4096
 
-# The tables as the migrations leave them: of which type the values of each column are.
+# The tables as the migrations leave them, but for `words`: of which type are each column's values.
 # Paths are the bytes of the file system (os.fsencode), because names need not be valid text.
 # Tombstones stand for embeddings that are gone but may still be in a FAISS file.
 _EMBEDDINGS = {"owner_id": "integer", "model_id": "integer", "change": "integer", "vector": "blob"}
@@ -83,6 +93,11 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "taken": "time",
         "status": "text",
         "reason": "text",
+        "camera": "text",
+        "latitude": "real",
+        "longitude": "real",
+        "perceptual_hash": "integer",
+        "facts": "integer",
     },
     "captions": {
         "id": "integer",
@@ -90,6 +105,13 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "position": "integer",
         "text": "text",
         "source": "text",
+    },
+    "extras": {  # either a text or a number
+        "id": "integer",
+        "item_id": "integer",
+        "key": "text",
+        "text": "text",
+        "number": "real",
     },
     "image_embeddings": _EMBEDDINGS,  # of little-endian float16
     "caption_embeddings": _EMBEDDINGS,
@@ -119,6 +141,13 @@ TABLES: Mapping[str, Mapping[str, str]] = {
         "size_bytes": "integer",
         "checksum": "text",
         "facts": "text",  # JSON: the fields of ApproximateFile but for `file`
+    },
+    "fits": {
+        "model_id": "integer",
+        "change": "integer",
+        "rows": "integer",
+        "facts": "text",  # JSON
+        "means": "blob",  # (2, d) of little-endian float32
     },
     "schema_migrations": {"number": "integer", "name": "text", "applied_at": "text"},
 }
@@ -339,8 +368,14 @@ def translated(path: Path) -> Iterator[None]:
 
 def our_error(path: Path, error: Any) -> StoreError:
     """The error of ours that stands for one of the database's, or for a text."""
-    words = str(error)
+    said = str(error)
     code = getattr(error, "sqlite_errorname", "")
+    if "no such module: fts5" in said:
+        return StoreError(
+            f"the SQLite of this Python ({sqlite3.sqlite_version}) was built without FTS5, which "
+            "finds words: take a Python whose SQLite has it, as those of python.org, conda and "
+            "every larger Linux distribution do"
+        )
     if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return StoreLockedError(f"{path} is in use by another process; try again when it is done")
     if code.startswith("SQLITE_FULL"):
@@ -350,19 +385,19 @@ def our_error(path: Path, error: Any) -> StoreError:
         )
     if code.startswith("SQLITE_READONLY"):
         return StoreReadOnlyError(
-            f"{path} could not be written ({words}); what was there before is kept"
+            f"{path} could not be written ({said}); what was there before is kept"
         )
     if code.startswith("SQLITE_IOERR") and code != "SQLITE_IOERR_SHORT_READ":
         return StoreReadOnlyError(
-            f"{path} could not be read or written ({words}): is the disk full, over a quota or "
+            f"{path} could not be read or written ({said}): is the disk full, over a quota or "
             "failing? What was committed before is kept"
         )
     if code.startswith("SQLITE_CANTOPEN"):
         return StoreReadOnlyError(
-            f"{path} cannot be opened ({words}); check its permissions and, if "
+            f"{path} cannot be opened ({said}); check its permissions and, if "
             f"{path.name}-wal lies beside it, open it once where it may be written"
         )
-    return StoreDamagedError(f"{path} cannot be read as a catalogue ({words}); {_WAY_OUT}")
+    return StoreDamagedError(f"{path} cannot be read as a catalogue ({said}); {_WAY_OUT}")
 
 
 def table_names(connection: sqlite3.Connection) -> set[str]:
@@ -536,9 +571,16 @@ class Snapshot:
                 root=root_id,
             )
         )
+        extras = _extras(
+            self._each(
+                "SELECT extras.item_id, extras.key, extras.text, extras.number FROM extras"
+                " JOIN items ON items.id = extras.item_id WHERE items.root_id = :root",
+                root=root_id,
+            )
+        )
         known = {}
-        for item_id, name, size, mtime_ns, content_hash, status in self._each(
-            "SELECT id, file, size, mtime_ns, content_hash, status FROM items"
+        for item_id, name, size, mtime_ns, content_hash, status, facts in self._each(
+            "SELECT id, file, size, mtime_ns, content_hash, status, facts FROM items"
             " WHERE root_id = :root ORDER BY file",
             root=root_id,
         ):
@@ -553,6 +595,8 @@ class Snapshot:
                 texts.get(item_id, ()),
                 item_id not in pending_pictures,
                 item_id not in pending_captions,
+                extras.get(item_id, ()),
+                facts,
             )
         return known
 
@@ -578,16 +622,22 @@ class Snapshot:
                     chunk,
                 )
             )
+        extras = _extras(
+            self._among(
+                "SELECT item_id, key, text, number FROM extras WHERE item_id IN (:values)", ids
+            )
+        )
         found = {}
         for row in self._among(
             "SELECT items.id, roots.path, items.file, items.size, items.mtime_ns,"
             " items.content_hash, items.width, items.height, items.taken, items.status,"
-            " items.reason FROM items JOIN roots ON roots.id = items.root_id"
+            " items.reason, items.camera, items.latitude, items.longitude, items.perceptual_hash,"
+            " items.facts FROM items JOIN roots ON roots.id = items.root_id"
             " WHERE items.id IN (:values)",
             ids,
         ):
             item_id, path, name, size, mtime_ns, content_hash, width, height, *others = row
-            taken, status, reason = others
+            taken, status, reason, camera, latitude, longitude, perceptual_hash, facts = others
             root, file = Path(_name(path)), _name(name)
             found[item_id] = ItemRow(
                 item_id=item_id,
@@ -603,6 +653,12 @@ class Snapshot:
                 status=status,
                 reason=reason,
                 captions=texts.get(item_id, ()),
+                camera=camera,
+                latitude=latitude,
+                longitude=longitude,
+                perceptual_hash=perceptual_hash,
+                extras=extras.get(item_id, ()),
+                facts=facts,
             )
         return found
 
@@ -628,12 +684,58 @@ class Snapshot:
         )
         return {row_id: (item_id, CaptionRow(*caption)) for row_id, item_id, *caption in rows}
 
-    def caption_ids(self, item_ids: Collection[int]) -> list[int]:
+    def caption_ids(self, item_ids: Collection[int] | Ids) -> list[int]:
         """Ids of the captions of these items, in the order of their positions."""
-        rows = self._among(
-            "SELECT item_id, position, id FROM captions WHERE item_id IN (:values)", item_ids
+        if len(item_ids) < MANY:
+            given = item_ids.tolist() if isinstance(item_ids, np.ndarray) else item_ids
+            rows = self._among(
+                "SELECT item_id, position, id FROM captions WHERE item_id IN (:values)", given
+            )
+            return [caption_id for _, _, caption_id in sorted(rows)]
+        # All of them, in the order of an index that has all that is asked for.
+        every = _numbers(self._each("SELECT item_id, id FROM captions ORDER BY item_id, position"))
+        wanted = np.fromiter(item_ids, dtype=np.int64, count=len(item_ids))
+        found: list[int] = every[np.isin(every[:, 0], wanted), 1].tolist()
+        return found
+
+    def extra_keys(self) -> dict[str, int]:
+        """The further columns that captions files had, and how many items have each."""
+        rows = self._each(
+            "SELECT key, count(DISTINCT item_id) FROM extras GROUP BY key ORDER BY key"
         )
-        return [caption_id for _, _, caption_id in sorted(rows)]
+        return dict(rows)
+
+    def select(self, condition: Condition) -> Ids:
+        """Ids of the items that could be read and fulfil a condition (see `filters`), ascending."""
+        from indexes.filters import select
+
+        return select(self._connection, condition)
+
+    def words(
+        self, text: str, limit: int, *, among: Collection[int] | Ids | None = None
+    ) -> WordMatch:
+        """The items whose captions, names and folders have most of a text's words; see `words`."""
+        return words.search(self._connection, text, limit, among=among)
+
+    def word_scores(self, text: str, ids: Sequence[int] | Ids) -> NDArray[np.float32]:
+        """(n,) float32: what `words` scores these items; 0 where no word is."""
+        return words.scores(self._connection, text, ids)
+
+    def word_shares(self, text: str, ids: Sequence[int] | Ids) -> list[dict[str, float]]:
+        """What each word gives to the score of each of these items; zeros are left out."""
+        return words.shares(self._connection, text, ids)
+
+    def fit(self) -> Fit | None:
+        """What was measured of this library for this model; None: nothing, or it is damaged."""
+        row = self._first("SELECT change, rows, facts, means FROM fits WHERE model_id = :model")
+        if row is None:
+            return None
+        try:
+            change, rows, facts, packed = row
+            means = np.frombuffer(packed, dtype="<f4").reshape(2, -1)
+            return Fit(int(change), int(rows), dict(json.loads(facts)), means)
+        except (ValueError, TypeError):
+            return None
 
     def counts(self) -> dict[str, int]:
         """Numbers of items (failed ones included), captions and failures."""
@@ -743,7 +845,12 @@ class Snapshot:
     def structure_problems(self) -> list[str]:
         """What SQLite finds wrong with the database file."""
         lines = self._each("PRAGMA integrity_check")
-        found = [f"SQLite integrity: {line}" for (line,) in lines if line != "ok"]
+        # What newer versions of SQLite say of FTS5's tables, `words.problems` says as well.
+        found = [
+            f"SQLite integrity: {line}"
+            for (line,) in lines
+            if line != "ok" and "FTS5 table" not in line
+        ]
         for table, columns in TABLES.items():
             # SQLite takes a value of any type, and a flipped bit can make one of another.
             wrong = " OR ".join(
@@ -764,12 +871,16 @@ class Snapshot:
             ("failed, yet with an embedding", "image", "failed", True),
             ("failed, yet with an embedded caption", "caption", "failed", True),
         ]
-        for words, kind, status, present in expectations:
+        for wrong, kind, status, present in expectations:
             found += [
-                f"item {item_id} ({file!r}) is {words}"
+                f"item {item_id} ({file!r}) is {wrong}"
                 for item_id, file in self.at_odds(kind, status, present)
             ]
         return found
+
+    def word_problems(self) -> list[str]:
+        """What is wrong with the table of words, which can be made again."""
+        return words.problems(self._connection)
 
     def at_odds(self, kind: Kind, status: Status, present: bool) -> list[tuple[int, str]]:
         """Id and file of items with this status that have, or lack, embeddings of any model.
@@ -792,6 +903,11 @@ def _index_file(
     return IndexFile(name, generation, change, rows, FileStamp(size_bytes, checksum))
 
 
+def _numbers(rows: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
+    """(n, 2) int64."""
+    return np.array(list(rows), dtype=np.int64).reshape(-1, 2)
+
+
 def _by_item(rows: Iterable[tuple[int, str, str]]) -> dict[int, tuple[CaptionRow, ...]]:
     """The captions of each item, from (item id, text, source) in the order of their positions."""
     gathered: dict[int, list[CaptionRow]] = {}
@@ -799,3 +915,14 @@ def _by_item(rows: Iterable[tuple[int, str, str]]) -> dict[int, tuple[CaptionRow
         # Of thousands of sources, few differ.
         gathered.setdefault(item_id, []).append(CaptionRow(text, sys.intern(source)))
     return {item_id: tuple(texts) for item_id, texts in gathered.items()}
+
+
+def _extras(rows: Iterable[tuple[int, str, str | None, float | None]]) -> dict[int, Extras]:
+    """The further columns of each item, from (item id, key, text, number), sorted."""
+    gathered: dict[int, list[tuple[str, str | float]]] = {}
+    for item_id, key, text, number in rows:
+        value = number if text is None else sys.intern(text)
+        if value is None:
+            raise ValueError(f"item {item_id} has nothing under {key!r}")
+        gathered.setdefault(item_id, []).append((sys.intern(key), value))
+    return {item_id: in_order(pairs) for item_id, pairs in gathered.items()}

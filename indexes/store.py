@@ -43,6 +43,7 @@ from indexes.records import (
     KINDS,
     ApproximateInfo,
     CaptionRow,
+    Fit,
     ItemRow,
     ItemWrite,
     Kind,
@@ -61,6 +62,7 @@ from indexes.writer import Writer, check_embeddings
 
 if TYPE_CHECKING:
     from indexes.catalogue import Catalogue
+    from indexes.filters import Condition
     from indexes.gallery import Approximate, Gallery
     from indexes.vectors import VectorIndex
 
@@ -412,6 +414,16 @@ class Store:
         """Those of the ids that have an embedding of this model."""
         with self._catalogue.read() as rows:
             return set(rows.embeddings(kind, ids))
+
+    def select(self, condition: Condition) -> NDArray[np.int64]:
+        """Ids of the items that fulfil a condition; see `Snapshot.select`."""
+        with self._catalogue.read() as rows:
+            return rows.select(condition)
+
+    def fit(self) -> Fit | None:
+        """What was measured of this store for its model."""
+        with self._catalogue.read() as rows:
+            return rows.fit()
 
     def failures(self) -> list[ItemRow]:
         """Items that failed, with their reasons."""

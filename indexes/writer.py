@@ -5,6 +5,7 @@ Made by `Store.writer`, which holds the store's lock meanwhile.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 from indexes.errors import InvalidRowsError, StoreReadOnlyError, callers_own
 from indexes.files import absolute, check_there
 from indexes.records import (
+    FACTS,
     KINDS,
     UNIT_TOLERANCE,
     ApproximateFile,
     CaptionRow,
+    Extras,
+    Fit,
     IndexFile,
     ItemWrite,
     Kind,
@@ -199,6 +203,42 @@ class Writer:
         """Same content, other size or time stamp on disk."""
         with self._transaction() as rows:
             rows.update_place(item_id, size=size, mtime_ns=mtime_ns)
+
+    def set_facts(
+        self,
+        item_id: int,
+        *,
+        camera: str | None,
+        latitude: float | None,
+        longitude: float | None,
+        perceptual_hash: int | None,
+    ) -> None:
+        """What its file tells of an item that stays as it is; raises InvalidRowsError."""
+        _check_facts(f"item {item_id}", camera, latitude, longitude, perceptual_hash)
+        with self._transaction() as rows:
+            rows.set_facts(
+                item_id,
+                camera=camera,
+                latitude=latitude,
+                longitude=longitude,
+                perceptual_hash=perceptual_hash,
+                facts=FACTS,
+            )
+
+    def set_extras(self, item_id: int, extras: Extras) -> None:
+        """Replace an item's further columns; raises InvalidRowsError."""
+        _check_extras(f"item {item_id}", extras)
+        with self._transaction() as rows:
+            if item_id not in rows.items([item_id]):
+                raise InvalidRowsError(f"there is no item {item_id}")
+            rows.set_extras(item_id, extras)
+
+    def record_fit(self, fit: Fit) -> None:
+        """What was measured of this store for its model, from now on; raises InvalidRowsError."""
+        if fit.means.shape != (2, self._dim):
+            raise InvalidRowsError(f"means are {fit.means.shape}, not (2, {self._dim})")
+        with self._transaction() as rows:
+            rows.record_fit(fit)
 
     def remove(self, ids: Collection[int]) -> None:
         """Forget items with their captions and embeddings; unknown ids are ignored."""
@@ -415,6 +455,8 @@ class Writer:
         Raises as `Catalogue.vacuum` does.
         """
         self.finish(all_models=True, tolerated=0)
+        with self._catalogue.write() as state:
+            state.optimize_words()
         self._catalogue.vacuum()
 
     def _is_current(self, rows: Snapshot, kind: Kind, tolerated: float) -> bool:
@@ -445,6 +487,8 @@ class Writer:
     def _check_item(self, item: ItemWrite) -> None:
         _check_file(item.file)
         what = f"{item.file!r}"
+        _check_facts(what, item.camera, item.latitude, item.longitude, item.perceptual_hash)
+        _check_extras(what, item.extras)
         if item.failure is not None:
             if item.image_embedding is not None or item.caption_embeddings is not None:
                 raise InvalidRowsError(f"{what} failed and yet has embeddings")
@@ -469,10 +513,7 @@ class Writer:
     def _check_texts(self, what: str, captions: Sequence[CaptionRow]) -> None:
         for caption in captions:
             for text in (caption.text, caption.source):
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise InvalidRowsError(f"{what}: a caption is not valid text") from error
+                _check_text(f"{what}: a caption", text)
 
 
 def _model_id(rows: Snapshot, fingerprint: str | None) -> int:
@@ -480,6 +521,38 @@ def _model_id(rows: Snapshot, fingerprint: str | None) -> int:
     if found is None:
         raise InvalidRowsError(f"the library has no model with the fingerprint {fingerprint}")
     return found[0]
+
+
+def _check_text(what: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRowsError(f"{what} is not valid text") from error
+
+
+def _check_facts(
+    what: str,
+    camera: str | None,
+    latitude: float | None,
+    longitude: float | None,
+    perceptual_hash: int | None,
+) -> None:
+    _check_text(f"{what}: the camera", camera or "")
+    if (latitude is None) != (longitude is None):
+        raise InvalidRowsError(f"{what} has half a place")
+    if not abs(latitude or 0.0) <= 90 or not abs(longitude or 0.0) <= 180:  # True for NaN
+        raise InvalidRowsError(f"{what} was taken at {latitude}, {longitude}: no place on Earth")
+    if not -(1 << 63) <= (perceptual_hash or 0) < 1 << 63:
+        raise InvalidRowsError(f"{what}: a perceptual hash has 64 bits")
+
+
+def _check_extras(what: str, extras: Extras) -> None:
+    for key, value in extras:
+        _check_text(f"{what}: the name of a column", key)
+        if isinstance(value, str):
+            _check_text(f"{what}: {key!r}", value)
+        elif not math.isfinite(value):
+            raise InvalidRowsError(f"{what}: {key!r} is {value}, which is no number")
 
 
 def _check_file(file: str) -> None:

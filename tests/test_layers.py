@@ -45,7 +45,9 @@ LAYERS = [
     {"indexes.approximate"},
     {"indexes.catalogue", "indexes.vectors"},
     {"indexes.snapshot"},
-    {"indexes.locks", "indexes.migrations", "indexes.records"},
+    {"indexes.filters"},
+    {"indexes.locks", "indexes.migrations", "indexes.words"},
+    {"indexes.records"},
     {"indexes.files"},
     {"indexes", "indexes.errors"},
 ]
@@ -79,6 +81,7 @@ HOMES = {
     "open_clip": {"retriever.openclip"},
     "pyarrow": {"retriever.clip_retrieval"},
     "watchfiles": {"retriever.watch"},
+    "rapidfuzz": {"indexes.words"},
     "click": {"cli", "retriever.terminal", "retriever.upkeep"},
 }
 

@@ -1,0 +1,468 @@
+"""Words: captions, file names and folders as SQLite's FTS5 finds them; the only home of that table.
+
+`words` has a row for each item that could be read, under the item's id. It is derived: whoever
+writes an item writes its row in the same transaction, and all rows can be made again.
+
+SQLite's own tokenizer takes letters and digits together, folds case and accents, and stems English
+(Porter 1980). It knows no words where none are marked, and none inside a file's name. So a text is
+spread before SQLite sees it (`spread`): what stands in its place serves phrases, and behind the
+text stand the parts by which it is found as well.
+
+    白い犬 dog           白い い犬 dog ¦ 白 い 犬        a query has the pairs alone
+    IMG_2041.jpg         IMG2041 jpg ¦ IMG 2041         a query, and a caption's name, as well
+    DogOnBeach           DogOnBeach ¦ Dog On Beach      names only
+
+A score is BM25 (Robertson and Zaragoza 2009; k1 = 1.2, b = 0.75, the idf of a word in more than
+half of all items a millionth) over the captions, name and folders of an item together, divided by
+the most that its query could reach: the sum of idf · (k1 + 1) over the query's words. It lies in
+[0, 1] and can be compared between queries. A word that no item has counts there as well.
+
+Every function takes a connection to a database that has the table, such as one in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sqlite3
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indexes.records import Term, WordMatch
+
+COLUMNS = ("captions", "name", "folders")
+TOKENIZER = "porter unicode61 remove_diacritics 2"
+# Private use, yet a token for SQLite: no phrase reaches over it.
+GAP = "\ue000"
+K1 = 1.2
+LEAST_IDF = 1e-6
+
+# A word is common, and left out beside rarer ones, if it stands in more than this share of the
+# items and in more than so many: reading its places would take longer than all the rest.
+COMMON_SHARE, COMMON = 0.1, 10_000
+SCORED = 200_000  # items scored for one query, at most: the first of those that match
+# Misspelt words are looked for among those with the same first letter; in libraries of up to so
+# many items, then among all.
+ALL_LETTERS = 50_000
+LEAST_LETTERS = 4  # of a word that may be misspelt: shorter ones are all near to each other
+NEAREST = 1  # edits in a word of up to five letters; in a longer one there may be two
+
+# Han, kana and Hangul, with the marks that stand for letters.
+_UNMARKED = re.compile(
+    "[\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003fffd]+"
+)
+# Letters and digits, with accents that have no letter of their own; underscores within.
+_WORD = re.compile("[^\\W_](?:\\w|[\u0300-\u036f])*")
+
+
+def spread(text: str, *, names: bool = False) -> str:
+    """A text as it goes into the table; of `names`, words are taken apart inside as well."""
+    return _spread([text], names)
+
+
+def asked(text: str) -> list[str]:
+    """The words of a query, in its order, spelt as they stand in their place in the table."""
+    text = _UNMARKED.sub(lambda run: f" {' '.join(_pairs(run[0]))} ", _plain(text))
+    return [word.replace("_", "") for word in _WORD.findall(text)]
+
+
+def _spread(texts: Iterable[str], names: bool) -> str:
+    """Several texts as one, which no phrase reaches from one to the next."""
+    parts: list[str] = []
+
+    def pairs(run: re.Match[str]) -> str:
+        if len(run[0]) > 1:
+            parts.extend(run[0])
+        return f" {' '.join(_pairs(run[0]))} "
+
+    def whole(word: re.Match[str]) -> str:
+        pieces = _pieces(word[0], names)
+        if len(pieces) > 1:
+            parts.extend(pieces)
+        return word[0].replace("_", "")
+
+    places = []
+    for text in map(_plain, texts):
+        place = text if text.isascii() else _UNMARKED.sub(pairs, text)
+        places.append(_WORD.sub(whole, place) if names or "_" in place else place)
+    if parts:
+        places.append(" ".join(parts))
+    return f" {GAP} ".join(places)
+
+
+def _plain(text: str) -> str:
+    """A text that SQLite takes, without what we put between texts; wide letters are plain."""
+    if text.isascii():
+        return text.replace("\0", " ")
+    text = text.encode("utf-8", "replace").decode().replace(GAP, " ").replace("\0", " ")
+    return unicodedata.normalize("NFKC", text)
+
+
+def _pairs(run: str) -> list[str]:
+    return [run[place : place + 2] for place in range(max(1, len(run) - 1))]
+
+
+def _pieces(word: str, names: bool) -> list[str]:
+    """A word's parts between underscores; of a name, also between letters, digits and cases."""
+    if not names:
+        return [piece for piece in word.split("_") if piece]
+    pieces = [""]
+    for place, letter in enumerate(word):
+        before, after = word[place - 1 : place], word[place + 1 : place + 2]
+        if before and (
+            before.isdigit() != letter.isdigit()
+            or (letter.isupper() and (before.islower() or (before.isupper() and after.islower())))
+        ):
+            pieces.append("")
+        pieces[-1] += letter
+    return [piece for some in pieces for piece in some.split("_") if piece]
+
+
+# ── Rows ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+SCHEMA = (  # as migration m004 makes it
+    f"CREATE VIRTUAL TABLE words USING fts5(captions, name, folders, tokenize = '{TOKENIZER}')",
+    "CREATE VIRTUAL TABLE words_terms USING fts5vocab(words, row)",
+    "CREATE VIRTUAL TABLE words_places USING fts5vocab(words, instance)",
+)
+
+Row = tuple[int, str, str, str]  # id, captions, name, folders
+
+
+def create(connection: sqlite3.Connection) -> None:
+    """Make the table and its two views, empty; those that are there are replaced."""
+    for table in ("words_terms", "words_places", "words"):
+        connection.execute(f"DROP TABLE IF EXISTS {table}")
+    for statement in SCHEMA:
+        connection.execute(statement)
+
+
+def row(item_id: int, captions: Iterable[str], file: str = "", root: str = "") -> Row:
+    """The row of an item at the path `file` below the folder `root`."""
+    folder, _, name = file.rpartition("/")
+    return (
+        item_id,
+        _spread(captions, names=False),
+        spread(name, names=True),
+        spread(f"{root}/{folder}", names=True),
+    )
+
+
+def put(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
+    """Write rows of items that have none."""
+    connection.executemany(
+        "INSERT INTO words (rowid, captions, name, folders) VALUES (?, ?, ?, ?)", rows
+    )
+
+
+def remove(connection: sqlite3.Connection, ids: Collection[int]) -> None:
+    """Delete the rows of these items."""
+    connection.execute(f"DELETE FROM words WHERE rowid IN {_GIVEN}", {"ids": _listed(ids)})
+
+
+def follow(connection: sqlite3.Connection, ids: Collection[int]) -> None:
+    """Make the rows of these items what the catalogue says of them now."""
+    remove(connection, ids)
+    put(connection, _expected(connection, ids))
+
+
+def make(connection: sqlite3.Connection) -> None:
+    """Make the whole table anew from the catalogue."""
+    create(connection)
+    put(connection, _expected(connection))
+
+
+def optimize(connection: sqlite3.Connection) -> None:
+    """Have as little to read for each word as can be."""
+    connection.execute("INSERT INTO words (words) VALUES ('optimize')")
+
+
+def problems(connection: sqlite3.Connection) -> list[str]:
+    """What is wrong with the table: rows that are not those of the items, damage."""
+    names = ("missing", "of no item", "not what its item says")
+    counts = dict.fromkeys(names, 0)
+    try:
+        for (line,) in connection.execute("PRAGMA integrity_check(words)"):
+            if line != "ok":  # SQLite looks into FTS5's tables from 3.44 on
+                return [f"words: {line}; {_WAY_OUT}"]
+        # Reads every list of places.
+        connection.execute("SELECT count(*), sum(doc), sum(cnt) FROM words_terms").fetchone()
+        stored = connection.execute(
+            "SELECT rowid, captions, name, folders FROM words ORDER BY rowid"
+        )
+        have = stored.fetchone()
+        for wanted in _expected(connection):
+            while have is not None and have[0] < wanted[0]:
+                counts["of no item"] += 1
+                have = stored.fetchone()
+            if have is None or have[0] > wanted[0]:
+                counts["missing"] += 1
+                continue
+            counts["not what its item says"] += have != wanted
+            have = stored.fetchone()
+        counts["of no item"] += (have is not None) + len(stored.fetchall())
+    except (sqlite3.Error, ValueError, TypeError, AttributeError) as error:
+        return [f"words cannot be read ({error}); {_WAY_OUT}"]
+    return [
+        f"{count} rows of words are {what}; {_WAY_OUT}" for what, count in counts.items() if count
+    ]
+
+
+_WAY_OUT = "`retriever repair` makes them again"
+_GIVEN = "(SELECT value FROM json_each(:ids))"
+
+
+def _listed(ids: Iterable[int] | NDArray[np.int64]) -> str:
+    """Ids as one value of a statement, which takes any number of them."""
+    return json.dumps(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
+
+
+def _expected(connection: sqlite3.Connection, ids: Collection[int] | None = None) -> Iterator[Row]:
+    """The rows that items should have, or these items, ascending."""
+    which = "" if ids is None else f"AND items.id IN {_GIVEN}"
+    values = {} if ids is None else {"ids": _listed(ids)}
+    texts = groupby(
+        connection.execute(
+            "SELECT item_id, text FROM captions JOIN items ON items.id = item_id"
+            f" WHERE items.status = 'ok' {which} ORDER BY item_id, position",
+            values,
+        ),
+        key=itemgetter(0),
+    )
+    captioned, captions = next(texts, (0, iter(())))
+    for item_id, file, path in connection.execute(
+        "SELECT items.id, items.file, roots.path FROM items JOIN roots ON roots.id = items.root_id"
+        f" WHERE items.status = 'ok' {which} ORDER BY items.id",
+        values,
+    ):
+        said: list[str] = []
+        if captioned == item_id:
+            said = [text for _, text in captions]
+            captioned, captions = next(texts, (0, iter(())))
+        yield row(item_id, said, os.fsdecode(file), Path(os.fsdecode(path)).name)
+
+
+# ── Queries ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def search(
+    connection: sqlite3.Connection,
+    text: str,
+    limit: int,
+    *,
+    among: Collection[int] | NDArray[np.int64] | None = None,
+) -> WordMatch:
+    """The items that have most of a query's words, at most `limit`; `among`: those ids alone.
+
+    Words that no item has are taken for the nearest that one has, and common words are left out
+    beside rarer ones; `terms` says which. Where more than SCORED items match, the first of them,
+    by id, are scored.
+    """
+    plan = _Plan.of(connection, text)
+    found = plan.scored(connection, among, limit)
+    ids = np.array([item_id for item_id, _ in found], dtype=np.int64)
+    scores = plan.shares([score for _, score in found])
+    order = np.lexsort((ids, -scores))
+    return WordMatch(ids[order], scores[order], plan.terms)
+
+
+def scores(
+    connection: sqlite3.Connection, text: str, ids: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """(n,) float32, the score of each of these items as `search` has it; 0 where no word is."""
+    plan = _Plan.of(connection, text)
+    found = dict(plan.scored(connection, ids))
+    return plan.shares([found.get(int(item_id), 0.0) for item_id in ids])
+
+
+def shares(
+    connection: sqlite3.Connection, text: str, ids: Sequence[int] | NDArray[np.int64]
+) -> list[dict[str, float]]:
+    """What each word of a query gives to the score of each of these items; zeros are left out."""
+    plan = _Plan.of(connection, text)
+    given: dict[int, dict[str, float]] = {int(item_id): {} for item_id in ids}
+    for word, term in zip(plan.words, plan.used, strict=True):
+        for item_id, score in replace(plan, words=(word,)).scored(connection, ids):
+            given[item_id][term.text] = float(plan.shares([score])[0])
+    return [given[int(item_id)] for item_id in ids]
+
+
+def expression(
+    text: str, *, phrase: bool = False, columns: Sequence[str] | None = None
+) -> str | None:
+    """What FTS5 is asked for items that have all words of a text, or the text; None: no word.
+
+    Raises ValueError for a column that there is not.
+    """
+    if unknown := set(columns or ()) - set(COLUMNS):
+        raise ValueError(f"words has no column {unknown.pop()!r}")
+    words = [word for word, stem in _stemmed(asked(text)) if stem]
+    if not words:
+        return None
+    asks = _quoted(" ".join(words)) if phrase else " AND ".join(map(_quoted, words))
+    return asks if columns is None else f"{{{' '.join(columns)}}} : ({asks})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a query is asked: `words` are those that are looked for, of which `used` are the terms.
+
+    most: what the score of SQLite can reach.
+    """
+
+    terms: tuple[Term, ...]
+    used: tuple[Term, ...]
+    words: tuple[str, ...]
+    most: float
+
+    @classmethod
+    def of(cls, connection: sqlite3.Connection, text: str) -> _Plan:
+        # By stem: a word that is there twice counts once.
+        words = {stem: word for word, stem in reversed(_stemmed(asked(text))) if stem}
+        counts = {stem: _count(connection, word) for stem, word in reversed(words.items())}
+        total = _total(connection)
+        spelt = [
+            _term(connection, words[stem], stem, count, total) for stem, count in counts.items()
+        ]
+        few = max(COMMON, COMMON_SHARE * total)
+        has_rare = any(0 < term.count <= few for term in spelt)
+        terms = [replace(term, left_out=has_rare and term.count > few) for term in spelt]
+        counted = [term for term in terms if not term.left_out]
+        used = tuple(term for term in counted if term.count)
+        most = (K1 + 1) * sum(_idf(total, term.count) for term in counted)
+        return cls(tuple(terms), used, tuple(term.text for term in used), most)
+
+    def scored(
+        self,
+        connection: sqlite3.Connection,
+        among: Collection[int] | NDArray[np.int64] | None,
+        limit: int = -1,
+    ) -> list[tuple[int, float]]:
+        """Ids and SQLite's scores, the best first."""
+        if not self.words or (among is not None and not len(among)):
+            return []
+        # The plus keeps SQLite from asking for each id by itself.
+        which = "" if among is None else f"AND +rowid IN {_GIVEN}"
+        return connection.execute(
+            "SELECT id, score FROM (SELECT rowid AS id, -bm25(words) AS score FROM words"
+            f" WHERE words MATCH :asks {which} LIMIT {SCORED})"
+            " ORDER BY score DESC, id LIMIT :limit",
+            {
+                "asks": " OR ".join(map(_quoted, self.words)),
+                "ids": None if among is None else _listed(among),
+                "limit": limit,
+            },
+        ).fetchall()
+
+    def shares(self, scores: Sequence[float]) -> NDArray[np.float32]:
+        """SQLite's scores as shares of the most that there could be."""
+        return (np.array(scores, dtype=np.float64) / (self.most or 1.0)).astype(np.float32)
+
+
+def _quoted(words: str) -> str:
+    return f'"{words}"'  # there are letters and digits alone, see `asked`
+
+
+def _idf(total: int, count: int) -> float:
+    idf = math.log((total - count + 0.5) / (count + 0.5)) if total else 0.0
+    return idf if idf > 0 else LEAST_IDF
+
+
+def _total(connection: sqlite3.Connection) -> int:
+    """Rows of the table, as FTS5 keeps their number: the first varint of its record of averages.
+
+    To count them would read them all.
+    """
+    # What this transaction has put is written down first where the view is opened.
+    connection.execute("SELECT 1 FROM words_terms LIMIT 1").fetchone()
+    found = connection.execute("SELECT block FROM words_data WHERE id = 1").fetchone()
+    total = 0
+    for byte in found[0] if found else b"":
+        total = total << 7 | byte & 0x7F
+        if byte < 0x80:
+            break
+    return total
+
+
+def _count(connection: sqlite3.Connection, word: str) -> int:
+    (count,) = connection.execute(
+        "SELECT count(*) FROM words WHERE words MATCH ?", (_quoted(word),)
+    ).fetchone()
+    return int(count)
+
+
+def _stemmed(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Each word with what SQLite's tokenizer makes of it: "" if it sees no letter in it."""
+    with closing(sqlite3.connect(":memory:")) as memory:
+        memory.execute(f"CREATE VIRTUAL TABLE one USING fts5(text, tokenize = '{TOKENIZER}')")
+        memory.execute("CREATE VIRTUAL TABLE places USING fts5vocab(one, instance)")
+        memory.executemany("INSERT INTO one (rowid, text) VALUES (?, ?)", enumerate(words))
+        stems = [""] * len(words)
+        for place, stem in memory.execute("SELECT doc, term FROM places ORDER BY doc, offset"):
+            stems[place] += f" {stem}" if stems[place] else stem
+    return list(zip(words, stems, strict=True))
+
+
+def _term(connection: sqlite3.Connection, word: str, stem: str, count: int, total: int) -> Term:
+    if not count and (right := _nearest(connection, stem, len(word), total)):
+        return Term(right, _count(connection, right), corrected_from=word)
+    return Term(word, count)
+
+
+def _nearest(connection: sqlite3.Connection, stem: str, letters: int, total: int) -> str | None:
+    """The word of the library that a misspelt one was meant to be, as it stands there first.
+
+    Fewest edits win, of which a swap of neighbours is one; then the longest common beginning, then
+    what stands in most items.
+    """
+    if letters < LEAST_LETTERS or not stem.isalpha() or _UNMARKED.search(stem):
+        return None
+    from rapidfuzz.distance import OSA, Prefix
+    from rapidfuzz.process import extract
+
+    edits = NEAREST + (letters > 5)
+    bounds = [(stem[0], chr(ord(stem[0]) + 1))]
+    if total <= ALL_LETTERS:
+        bounds.append(("", GAP))
+    for first, last in bounds:
+        counts = dict(
+            connection.execute(
+                "SELECT term, doc FROM words_terms WHERE term >= ? AND term < ?"
+                " AND length(term) BETWEEN ? AND ?",
+                (first, last, max(2, len(stem) - edits), len(stem) + edits),
+            ).fetchall()
+        )
+        found = extract(
+            stem, list(counts), scorer=OSA.distance, score_cutoff=edits, limit=None, processor=None
+        )
+        near = [
+            (distance, -Prefix.similarity(stem, term), -counts[term], term)
+            for term, distance, _ in found
+            if term.isalpha()
+        ]
+        if near:
+            return _surface(connection, min(near)[-1])
+    return None
+
+
+def _surface(connection: sqlite3.Connection, stem: str) -> str | None:
+    """A word of the library that has this stem: asked for the stem, SQLite would stem it again."""
+    found = connection.execute(
+        "SELECT captions, name, folders FROM words"
+        " WHERE rowid = (SELECT doc FROM words_places WHERE term = ? LIMIT 1)",
+        (stem,),
+    ).fetchone()
+    words = _WORD.findall(" ".join(found or ()))
+    return next((word for word, its in _stemmed(words) if its == stem), None)
