@@ -32,7 +32,7 @@ LAYERS = [
     {"retriever.checkpoints", "retriever.data", "retriever.models"},
     {"retriever.decoding", "retriever.descriptions", "retriever.towers"},
     {
-        *("retriever.captions", "retriever.machine", "retriever.metrics"),
+        *("retriever.calibration", "retriever.captions", "retriever.machine", "retriever.metrics"),
         "retriever.duplicates",
         *("retriever.objectives", "retriever.settings"),
     },
