@@ -3,7 +3,7 @@
     python tests/kills.py FOLDER --kills 25 --seed 0        one JSON object a line
 
 A child process lives the life of a small library: it indexes two folders, changes files, indexes
-again, forgets a folder, rebuilds and compacts. It is killed with SIGKILL in one of two ways:
+again, builds approximate indexes, forgets a folder, rebuilds and compacts. It is killed with SIGKILL in one of two ways:
 
     clock   by its parent, after a time drawn uniformly from the length of an undisturbed life
     event   by itself, at an event drawn uniformly from those of one step of an undisturbed life:
@@ -45,6 +45,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 from conftest import ToyEncoder
@@ -57,6 +58,7 @@ from indexes.store import ModelSpec, Store
 ROOT = Path(__file__).parents[1]
 WATCHED = tuple(str(ROOT / path) for path in ("indexes", "retriever/ingest.py"))
 BATCH_SIZE = 3  # pictures: many transactions in a short life
+LEAST_ROWS = 20  # vectors of a kind that an approximate index is built of
 HANG_SECONDS = 120.0
 AGAIN = 0.4  # share of trials that are killed once more
 QUERIES = ("red", "green and blue", "a white square", "nothing that has a colour")
@@ -252,7 +254,7 @@ def file_names(library: Path) -> list[str]:
 
 # ------------------------------------------------------------------------------------------ a life
 
-STEPS = ("index", "change", "index again", "forget", "rebuild", "compact")
+STEPS = ("index", "change", "index again", "optimize", "forget", "rebuild", "compact")
 
 
 class Journal:
@@ -296,6 +298,12 @@ def live(stage: Path, trial: Path, journal: Journal) -> None:
         change_files(stage, trial)
         journal.tell(step="index again")
         index("pictures")
+        committed()
+        journal.tell(step="optimize")
+        # As if the library were large enough; the files are what those of a large one are.
+        with patch.multiple("indexes.approximate", EXACT_BYTES=0, LEAST_ROWS=LEAST_ROWS):
+            with store.writer() as writer:
+                writer.optimize()
         committed()
         journal.tell(step="forget")
         [attic] = [root_id for root_id, path in store.roots() if path == trial / "attic"]
