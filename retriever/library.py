@@ -31,12 +31,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    from indexes.filters import Condition
     from indexes.records import Kind, RootInfo, StoredModel, StoreInfo
     from indexes.store import Store
+    from retriever.asking import Query
+    from retriever.channels import Mode
+    from retriever.duplicates import Duplicates
     from retriever.encoders import Encoder
     from retriever.exchange import ExportReport, ImportReport
     from retriever.ingest import Failure, IndexReport, Progress
-    from retriever.search import CaptionHit, Hit, Query, Searcher
+    from retriever.search import Answer, CaptionHit, Searcher
 
 DEFAULT_K = 10
 SHORTEST_FINGERPRINT = 6  # digits that may stand for a model
@@ -191,7 +195,8 @@ class Library:
         """Brings the library up to date with its folders; see `retriever.ingest.index_folders`.
 
         A library that has grown large then gets an approximate index, or another one; see
-        `optimize`.
+        `optimize`. One of which a fifth changed is measured anew by its captions: see
+        `retriever.fitting`.
 
         Args:
             folders: searched recursively; a picture that cannot be read is named in the report
@@ -228,6 +233,7 @@ class Library:
         try:
             with self._store.writer() as writer:
                 writer.optimize(self._phrases, progress=optimizing, stop=stop)
+            self._fit(stop)
         except (StoreLockedError, StoreReadOnlyError, EncoderError, MissingExtraError) as error:
             # What was indexed is: searches go on as before, only slower.
             return replace(report, problems=(*report.problems, str(error)))
@@ -250,6 +256,9 @@ class Library:
         approximate index, which is tuned with the library's own captions and pictures and is used
         only for what it was measured to answer well and sooner; `info` shows the measurements.
 
+        It is measured anew, too, what captions, words and pictures are worth to a text query, and
+        what scores are worth (see `retriever.fitting`).
+
         Args:
             exact: search exactly at any size.
             memory_bytes: what the index of pictures, and that of captions, may take.
@@ -271,9 +280,22 @@ class Library:
         policy = SearchPolicy(exact, memory_bytes, overlap)
         with self._store.writer() as writer:
             writer.finish()
-            return writer.optimize(
+            built = writer.optimize(
                 self._phrases, policy=policy, anew=True, progress=progress, stop=stop
             )
+        self._fit(stop, anew=True)
+        return built
+
+    def _fit(self, stop: Callable[[], bool] | None, *, anew: bool = False) -> None:
+        """Measure what channels and scores are worth, if that is due or asked for."""
+        from retriever import fitting
+
+        if not (anew or fitting.is_due(self._store)) or (stop is not None and stop()):
+            return
+        found = fitting.fit(self._store, lambda: self.encoder, stop=stop)
+        if found is not None:
+            with self._store.writer() as writer:
+                writer.record_fit(found)
 
     def _phrases(self) -> NDArray[np.float32]:
         from retriever.phrases import phrases
@@ -287,40 +309,78 @@ class Library:
         image: str | Path | Image.Image | None = None,
         text_weight: float = 1.0,
         image_weight: float = 1.0,
+        where: str | Condition | None = None,
+        mode: Mode | None = None,
         k: int = DEFAULT_K,
         exact: bool = False,
-    ) -> list[Hit]:
+        all: bool = False,
+        min_confidence: float | None = None,
+    ) -> Answer:
         """The k pictures nearest to a description, to a picture, or to both together.
 
         A query picture that is in the library comes first itself, with a score near 1.
 
         Args:
-            text: what the pictures should show.
+            text: what the pictures should show. What stands in quotation marks must be among a
+                picture's words; those that have a name in it, like IMG_2041, come first.
             image: a file, or a picture in memory.
             text_weight: how much the text counts if both are given; negative pushes away.
             image_weight: the same for the picture.
-            k: answers wanted, at least 1; fewer come only if the library has fewer.
+            where: which pictures may be answers, as `retriever.where` reads it.
+            mode: found by "image", "caption", "words" or all of them, "hybrid"; None is what was
+                measured to be best for texts in this library. See `retriever.channels`.
+            k: answers wanted, at least 1; fewer come only if there are fewer.
             exact: look at every picture, though the library has an approximate index.
+            all: show near-duplicates of other answers too.
+            min_confidence: leave out what is less surely an answer, from 0 to 1; nothing is where
+                the library was not measured (see `optimize`).
+
+        Returns:
+            The hits, in a sequence that tells the mode as well, and whether the best is a match.
 
         Raises:
-            UsageError: neither text nor picture, k < 1, or both cancel each other out.
+            UsageError: neither text nor picture, k < 1, both cancel each other out, or `where`
+                makes no sense.
             PictureError: `image` cannot be read.
         """
-        query = _query(text, image, text_weight, image_weight)
-        return self.searcher.images(query, k, exact=exact)
+        return self.searcher.images(
+            _query(text, image, text_weight, image_weight),
+            k,
+            mode=mode,
+            where=self._condition(where),
+            exact=exact,
+            all=all,
+            min_confidence=min_confidence,
+        )
 
     def captions_for(
-        self, image: str | Path | Image.Image, *, k: int = 5, exact: bool = False
+        self,
+        image: str | Path | Image.Image,
+        *,
+        where: str | Condition | None = None,
+        k: int = 5,
+        exact: bool = False,
     ) -> list[CaptionHit]:
         """The k captions in the library that fit a picture best, each text once.
 
-        With `exact` every caption is looked at, though the library has an approximate index.
+        With `where` they are those of pictures that fulfil it. With `exact` every caption is looked
+        at, though the library has an approximate index.
 
         Raises:
-            UsageError: k < 1.
+            UsageError: k < 1, or `where` makes no sense.
             PictureError: `image` cannot be read.
         """
-        return self.searcher.captions(_query(None, image, 1.0, 1.0), k, exact=exact)
+        return self.searcher.captions(
+            _query(None, image, 1.0, 1.0), k, where=self._condition(where), exact=exact
+        )
+
+    def _condition(self, where: str | Condition | None) -> Condition | None:
+        if not isinstance(where, str):
+            return where
+        from retriever.where import parse
+
+        with self._store.snapshot() as rows:
+            return parse(where, rows.extra_keys())
 
     def remove(self, paths: str | Path | Iterable[str | Path]) -> int:
         """Forgets pictures, or all in a folder, and says how many; the files stay as they are.
@@ -359,6 +419,15 @@ class Library:
         from retriever.ingest import Failure
 
         return [Failure(item.path, item.reason or "") for item in self._store.failures()]
+
+    def duplicates(self, *, copies: bool = False, progress: Progress | None = None) -> Duplicates:
+        """Pictures that are there several times, in groups; see `retriever.duplicates.find`.
+
+        Nothing is deleted. With `copies` only files with the same contents are found.
+        """
+        from retriever.duplicates import find
+
+        return find(self._store, copies=copies, progress=progress)
 
     def roots(self) -> list[RootInfo]:
         """The folders that were indexed, or that are to be."""
@@ -623,7 +692,7 @@ def _query(
     text_weight: float,
     image_weight: float,
 ) -> Query:
-    from retriever.search import Query
+    from retriever.asking import Query
 
     if isinstance(image, str):
         image = Path(image)
