@@ -25,7 +25,7 @@ LAYERS = [
     {"retriever.explain"},
     {
         *("retriever.checks", "retriever.ingest", "retriever.portable"),
-        *("retriever.search", "retriever.samples"),
+        *("retriever.search", "retriever.samples", "retriever.fitting"),
     },
     {"retriever.encoders", "retriever.openclip"},
     {"retriever.engines", "retriever.openclip_towers", "retriever.replicas", "retriever.workers"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"retriever.decoding", "retriever.descriptions", "retriever.towers"},
     {
         *("retriever.calibration", "retriever.captions", "retriever.machine", "retriever.metrics"),
-        "retriever.duplicates",
+        *("retriever.duplicates", "retriever.channels"),
         *("retriever.objectives", "retriever.settings"),
     },
     {"retriever.cleaning", "retriever.phrases", "retriever.preprocessing"},
