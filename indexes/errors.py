@@ -8,7 +8,8 @@ StoreError
 ├── StoreLockedError     another process is writing; names it
 ├── StoreReadOnlyError   cannot be written: permissions, read-only disk, disk full
 ├── WrongModelError      made by another model
-└── InvalidRowsError     what was handed over is not what the store takes; nothing was written
+├── InvalidRowsError     what was handed over is not what the store takes; nothing was written
+└── InvalidConditionError  a condition that cannot be asked of pictures
 """
 
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ class WrongModelError(StoreError):
 
 class InvalidRowsError(StoreError, ValueError):
     """Rows or embeddings are not what the store takes; nothing of the batch was written."""
+
+
+class InvalidConditionError(StoreError, ValueError):
+    """A condition names a field that there is not, compares what cannot be, or is too large."""
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes import words
+from indexes.errors import InvalidConditionError
 
 Type = Literal["text", "number", "time", "place"]
 Op = Literal["=", "!=", "<", "<=", ">", ">="]
@@ -176,12 +177,14 @@ Condition = And | Or | Not | Compare | Glob | Contains | In | Words | Box | Near
 def select(connection: sqlite3.Connection, condition: Condition) -> NDArray[np.int64]:
     """(n,) ids of the items that could be read and fulfil a condition, ascending.
 
-    Raises ValueError for a field that there is not, a value of another type than the field's, and
-    for conditions that are nested too deeply or have too many values.
+    Raises InvalidConditionError for a field that there is not, a value of another type than the
+    field's, and for conditions that are nested too deeply or have too many values.
     """
     where, values = _sql(condition, DEEPEST)
     if len(values) > MOST_VALUES:
-        raise ValueError(f"a condition takes {MOST_VALUES:,} values, not {len(values):,}")
+        raise InvalidConditionError(
+            f"a condition takes {MOST_VALUES:,} values, not {len(values):,}"
+        )
     _define(connection)
     rows = connection.execute(
         "SELECT items.id FROM items JOIN roots ON roots.id = items.root_id"
@@ -222,6 +225,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "latitude": ("items.latitude",),
     "longitude": ("items.longitude",),
 }
+_FOLDERS = ("folder", "root")  # may be written with a slash at their end
 _VALUES: Mapping[Type, tuple[type, ...]] = {
     "text": (str,),
     "number": (int, float),
@@ -235,7 +239,7 @@ _NEVER: Sql = ("0", [])
 
 def _sql(condition: Condition, depth: int) -> Sql:
     if not depth:
-        raise ValueError(f"conditions stand inside each other more than {DEEPEST} deep")
+        raise InvalidConditionError(f"conditions stand inside each other more than {DEEPEST} deep")
     match condition:
         case And(parts):
             return _joined(" AND ", [_sql(part, depth - 1) for part in parts], "1")
@@ -247,7 +251,7 @@ def _sql(condition: Condition, depth: int) -> Sql:
         case Compare(field, op, value):
             return _compared(field, op, value)
         case In(field, several):
-            return _joined(" OR ", [_compared(field, "=", value) for value in several], "0")
+            return _one_of(field, several)
         case Glob(field, pattern):
             return _tested(field, "{} GLOB CAST(? AS TEXT)", pattern.replace("[!", "[^"))
         case Contains(field, text) if text.isascii():
@@ -280,7 +284,7 @@ def _joined(word: str, parts: Sequence[Sql], of_none: str) -> Sql:
 
 def _type(field: str) -> Type:
     if field not in FIELDS:
-        raise ValueError(f"pictures have no field {field!r}")
+        raise InvalidConditionError(f"pictures have no field {field!r}")
     return FIELDS[field]
 
 
@@ -294,33 +298,62 @@ def _text(value: str) -> bytes:
 
 def _compared(field: Field, op: Op, value: Value) -> Sql:
     if op not in OPS:
-        raise ValueError(f"there is no comparison {op!r}")
+        raise InvalidConditionError(f"there is no comparison {op!r}")
+    _check_type(field, value)
     if isinstance(field, Extra) or field == "caption":
         if op == "!=":
             has, of = _present(field)
             equal, values = _compared(field, "=", value)
             return f"({has} AND NOT {equal})", [*of, *values]
         return _any_compared(field, op, value)
-    if not isinstance(value, _VALUES[_type(field)]):
-        raise ValueError(f"{field} is a {FIELDS[field]}, and {value!r} is none")
     if isinstance(value, Period):
         time = _nanoseconds if field == "modified" else _stamp
         return _within(_SPELLINGS[field][0], op, time(value.start), time(value.end))
     if not isinstance(value, str):
         return f"coalesce({_SPELLINGS[field][0]} {op} ?, 0)", [value]
-    if field in ("folder", "root") and len(value) > 1:
-        value = value.rstrip("/")
+    if field in _FOLDERS:
+        value = value.rstrip("/") or value
     spellings = _SPELLINGS[field] if op in ("=", "!=") else _SPELLINGS[field][:1]
     word = " AND " if op == "!=" else " OR "
     parts = [f"coalesce({one} {op} CAST(? AS TEXT), 0)" for one in spellings]
     return f"({word.join(parts)})", [_text(value)] * len(parts)
 
 
+def _one_of(field: Field, values: Sequence[Value]) -> Sql:
+    """Equal to one of several, which are looked up together: to compare each would take long."""
+    simple = [value for value in values if not isinstance(value, Period)]
+    parts = [_compared(field, "=", value) for value in values if isinstance(value, Period)]
+    for value in simple:
+        _check_type(field, value)
+    texts = [_text(value) for value in simple if isinstance(value, str)]
+    numbers: list[Any] = [value for value in simple if not isinstance(value, str)]
+    if isinstance(field, Extra):
+        numbers += [number for text in simple if (number := _number(text)) is not None]
+    in_texts = f"IN ({', '.join(['CAST(? AS TEXT)'] * len(texts))})"
+    in_numbers = f"IN ({', '.join('?' * len(numbers))})"
+    if isinstance(field, Extra):
+        where = f"(text {in_texts} OR number {in_numbers})"
+        parts.append((f"items.id IN ({_EXTRAS} AND {where})", [_text(field.key), *texts, *numbers]))
+    elif field == "caption":
+        parts.append((f"items.id IN ({_CAPTIONS} WHERE text {in_texts})", texts))
+    elif texts:
+        if field in _FOLDERS:
+            texts = [text.rstrip(b"/") or text for text in texts]
+        parts += [(f"coalesce({one} {in_texts}, 0)", texts) for one in _SPELLINGS[field]]
+    elif numbers:
+        parts.append((f"coalesce({_SPELLINGS[field][0]} {in_numbers}, 0)", numbers))
+    return _joined(" OR ", parts, "0")
+
+
+def _check_type(field: Field, value: Value) -> None:
+    if isinstance(field, str) and not isinstance(value, _VALUES[_type(field)]):
+        raise InvalidConditionError(f"{field} is a {FIELDS[field]}, and {value!r} is none")
+
+
 def _any_compared(field: Field, op: Op, value: Value) -> Sql:
     """A caption, or a value of a further column, that compares so."""
     if isinstance(field, str):
-        if not isinstance(value, str):
-            raise ValueError(f"a caption is a text, and {value!r} is none")
+        assert isinstance(value, str)
         where = f"{_CAPTIONS} WHERE text {op} CAST(? AS TEXT)"
         return f"items.id IN ({where})", [_text(value)]
     key = _text(field.key)
@@ -361,7 +394,7 @@ def _tested(field: Field, test: str, value: str) -> Sql:
     if field == "caption":
         return f"items.id IN ({_CAPTIONS} WHERE {test.format('text')})", [_text(value)]
     if _type(field) != "text":
-        raise ValueError(f"{field} is a {FIELDS[field]}, not a text")
+        raise InvalidConditionError(f"{field} is a {FIELDS[field]}, not a text")
     parts = [f"coalesce({test.format(one)}, 0)" for one in _SPELLINGS[field]]
     return f"({' OR '.join(parts)})", [_text(value)] * len(parts)
 
@@ -423,9 +456,10 @@ def _nanoseconds(time: datetime) -> int:
         return -(1 << 63) if time.year < 1970 else (1 << 63) - 1
 
 
-def _number(text: str) -> float | None:
+def _number(text: Value) -> float | None:
+    """The number that a text is as well."""
     try:
-        number = float(text)
+        number = float(text) if isinstance(text, str) else math.nan
     except ValueError:
         return None
     return number if math.isfinite(number) else None

@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from indexes.errors import InvalidConditionError
 from indexes.records import Term, WordMatch
 
 COLUMNS = ("captions", "name", "folders")
@@ -304,10 +305,10 @@ def expression(
 ) -> str | None:
     """What FTS5 is asked for items that have all words of a text, or the text; None: no word.
 
-    Raises ValueError for a column that there is not.
+    Raises InvalidConditionError for a column that there is not.
     """
     if unknown := set(columns or ()) - set(COLUMNS):
-        raise ValueError(f"words has no column {unknown.pop()!r}")
+        raise InvalidConditionError(f"words has no column {unknown.pop()!r}")
     words = [word for word, stem in _stemmed(asked(text)) if stem]
     if not words:
         return None
