@@ -10,6 +10,11 @@ with a sentence that names the file and where it can the line, are: a caption of
 is too large, is no regular file, is not UTF-8, or makes no sense. A line that is refused harms no
 other line. How much of a long caption counts is up to the encoder: it reads the beginning, as much
 as its window holds, while the whole text is stored and shown.
+
+What a table or a record holds beside the picture, the captions and the split are its extras, as
+(name, value) pairs: names in lower case, those inside another joined by dots, the values of a list
+each by itself under one name. Numbers are floats, true and false are texts, null, NaN and empty
+texts are absent; text is cleaned as captions are. Names, values and their number have limits too.
 """
 
 import ast
@@ -18,18 +23,23 @@ import csv
 import errno
 import io
 import json
+import math
 import os
 import re
 import stat
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retriever.errors import CaptionError, printable
+
+if TYPE_CHECKING:
+    from indexes.records import Extras
 
 FILE_COLUMNS = ("file", "image", "filename", "file_name", "image_name", "image_path", "path")
 CAPTION_COLUMNS = ("caption", "captions", "text", "comment")
@@ -47,10 +57,18 @@ MAX_SIDECAR_BYTES = 1_000_000
 MAX_FILE_BYTES = 500_000_000
 # Characters of a picture's path: what Linux allows, and more than any other system does.
 MAX_NAME_CHARS = 4096
+# Of one picture: values, and characters of a value and of a name. More is a document of its own.
+MAX_EXTRAS = 200
+MAX_EXTRA_CHARS = 10_000
+MAX_KEY_CHARS = 100
 # Faulty lines of one file that are named one by one; the others are counted.
 MAX_PROBLEMS = 1000
 _SHOWN_CHARS = 80  # of a text from the file, in a sentence about it
 
+_NUMBERING = frozenset({"comment_number", "caption_number"})  # of the captions of one picture
+_MAX_WHOLE = 1 << 53  # a float has each whole number up to this one; larger ones are names
+# As programs write numbers: 007 and twenty digits are names as well.
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d{0,14})(?:\.\d+)?(?:[eE][+-]?\d{1,3})?")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -66,7 +84,8 @@ class CaptionRecord:
     """What one place of a captions file says about one picture.
 
     `where` is "captions.csv:12". `name` stands as written. `whole`: the format gives all captions
-    of a picture in one record, so that a second record of the same picture is a fault.
+    of a picture in one record, so that a second record of the same picture is a fault. `extras`
+    are all that else stands there, in order, none twice.
     """
 
     where: str
@@ -74,6 +93,7 @@ class CaptionRecord:
     texts: tuple[str, ...]
     split: str | None
     whole: bool
+    extras: "Extras" = ()
 
 
 def clean_caption(text: str) -> str:
@@ -248,6 +268,7 @@ def _captioned(
     problems: list[str],
     *,
     whole: bool,
+    extras: "Extras" = (),
 ) -> Iterator[CaptionRecord]:
     """The record with its captions cleaned, without those that are too long; none if the name is.
 
@@ -262,7 +283,76 @@ def _captioned(
             problems.append(f"{where}: {_too_long(text)}")
         elif text:
             kept.append(text)
-    yield CaptionRecord(where, name, tuple(kept), clean_caption(split or "") or None, whole)
+    split = clean_caption(split or "") or None
+    yield CaptionRecord(where, name, tuple(kept), split, whole, extras)
+
+
+def in_order(extras: Iterable[tuple[str, str | float]]) -> "Extras":
+    """Extras by name, of one name numbers first, then by value; each once."""
+    return tuple(sorted(set(extras), key=lambda one: (one[0], isinstance(one[1], str), one[1])))
+
+
+def _extras(values: Iterable[tuple[str, Any]], where: str, problems: list[str]) -> "Extras":
+    """The extras of one record; those that are too long or too many are added to `problems`."""
+    found: dict[tuple[str, str | float], None] = {}
+    for key, value in _flat(values):
+        name, one = clean_caption(key).lower(), _scalar(value)
+        if not name or one is None:
+            continue
+        if len(name) > MAX_KEY_CHARS:
+            problems.append(f"{where}: {_shown(name)}: a name of over {MAX_KEY_CHARS} characters")
+        elif isinstance(one, str) and len(one) > MAX_EXTRA_CHARS:
+            size = f"{len(one):,} characters, over {MAX_EXTRA_CHARS:,}"
+            problems.append(f"{where}: {_shown(name)}: a value of {size}")
+        else:
+            found[sys.intern(name), one] = None
+            if len(found) > MAX_EXTRAS:
+                problems.append(f"{where}: {too_many_extras()}")
+                found.popitem()
+                break
+    return in_order(found)
+
+
+def too_many_extras() -> str:
+    """What is said of a picture with more extras than are kept."""
+    return f"over {MAX_EXTRAS} values beside the caption; the others are left out"
+
+
+def _flat(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The values inside of lists, and of objects, whose names are joined by dots."""
+    waiting = [iter(values)]  # no recursion: JSON may be nested as deeply as the stack allows
+    while waiting:
+        for key, value in waiting[-1]:
+            if isinstance(value, dict):
+                # Of a name that is too long already no more is needed.
+                base = key[: 2 * MAX_KEY_CHARS]
+                waiting.append(iter([(f"{base}.{inner}", one) for inner, one in value.items()]))
+                break
+            if isinstance(value, list):
+                waiting.append(iter([(key, one) for one in value]))
+                break
+            yield key, value
+        else:
+            waiting.pop()
+
+
+def _scalar(value: Any) -> str | float | None:
+    """A value as it is kept, None if it is absent."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int) and abs(value) <= _MAX_WHOLE:
+        return float(value)
+    return None if value is None else clean_caption(str(value)) or None
+
+
+def _cell_value(cell: str) -> str | float | None:
+    """The value that a cell of a table spells."""
+    text = clean_caption(cell)
+    if text.lower() in ("true", "false"):
+        return text.lower()
+    return _scalar(float(text) if _NUMBER.fullmatch(text) else text)
 
 
 def _shown(text: object) -> str:
@@ -337,7 +427,8 @@ def _record(fields: Any, where: str, problems: list[str]) -> Iterator[CaptionRec
         problems.append(f"{where}: not an object with a file and a caption")
         return
     fields = {key.strip().lower(): value for key, value in fields.items()}
-    name = next((fields[key] for key in FILE_COLUMNS if key in fields), None)
+    name_key = next((key for key in FILE_COLUMNS if key in fields), None)
+    name = fields[name_key] if name_key else None
     if not isinstance(name, str) or not name:
         problems.append(f"{where}: no file name ({', '.join(FILE_COLUMNS)})")
         return
@@ -345,15 +436,19 @@ def _record(fields: Any, where: str, problems: list[str]) -> Iterator[CaptionRec
         problems.append(f"{where}: no caption ({', '.join(CAPTION_COLUMNS)})")
         return
     # 0 and false are no captions, but wrong; nothing is just nothing.
-    values = (fields.get(key) for key in CAPTION_COLUMNS)
-    value = next((one for one in values if one not in (None, "", [])), None)
-    split = fields.get("split")
+    filled = (key for key in CAPTION_COLUMNS if fields.get(key) not in (None, "", []))
+    value_key = next(filled, None)
+    value, split = fields[value_key] if value_key else None, fields.get("split")
     texts = _texts(value)
     if texts is None:
         problems.append(f"{where}: the caption is neither a text nor a list of texts")
         return
     split = split if isinstance(split, str) else None
-    yield from _captioned(where, name, texts, split, problems, whole=isinstance(value, list))
+    used = {name_key, value_key, "split", *_NUMBERING}
+    others = ((key, one) for key, one in fields.items() if key not in used)
+    extras = _extras(others, where, problems)
+    whole = isinstance(value, list)
+    yield from _captioned(where, name, texts, split, problems, whole=whole, extras=extras)
 
 
 def _mapping_records(
@@ -521,6 +616,8 @@ def _table_rows(
     name_at = next(header.index(key) for key in FILE_COLUMNS if key in header)
     text_at = next(header.index(key) for key in CAPTION_COLUMNS if key in header)
     split_at = header.index("split") if "split" in header else None
+    used = {name_at, text_at, split_at}
+    others = [at for at in range(len(header)) if at not in used and header[at] not in _NUMBERING]
     for number, cells in rows:
         where = f"{name}:{number}"
         if len(cells) > len(header) and text_at == len(header) - 1:
@@ -536,6 +633,9 @@ def _table_rows(
             cells[split_at] if split_at is not None else None,
             problems,
             whole=listed is not None,
+            extras=_extras(
+                ((header[at], _cell_value(cells[at])) for at in others), where, problems
+            ),
         )
 
 

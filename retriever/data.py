@@ -15,20 +15,34 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageFile
 
 from retriever.captions import (
     CAPTION_FILES,
+    MAX_EXTRAS,
     SIDECAR_SUFFIXES,
     CaptionRecord,
     find_caption_files,
+    in_order,
     read_caption_file,
     read_sidecar,
+    too_many_extras,
 )
-from retriever.decoding import HAS_HEIF, MAX_PIXELS, date_taken, opened, upright_rgb
-from retriever.descriptions import embedded_descriptions
+from retriever.decoding import (
+    HAS_HEIF,
+    MAX_PIXELS,
+    date_taken,
+    difference_hash,
+    opened,
+    upright_rgb,
+)
+from retriever.descriptions import camera_of, embedded_descriptions, position_of
 from retriever.errors import CaptionError, PictureError, UsageError, printable
+
+if TYPE_CHECKING:
+    from indexes.records import Extras
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -108,6 +122,20 @@ class CaptionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Facts:
+    """What is asked of a picture beside what it shows; None where the file does not tell.
+
+    `camera`: maker and model. `latitude`, `longitude`: where it was taken, in degrees, north and
+    east positive. `perceptual_hash`: see `retriever.decoding.difference_hash`.
+    """
+
+    camera: str | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+    perceptual_hash: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
     """A decoded picture: upright RGB without metadata, perhaps smaller than the file's.
 
@@ -119,6 +147,7 @@ class Decoded:
     height: int
     taken: datetime | None
     descriptions: tuple[Caption, ...]
+    facts: Facts
 
 
 def merge_captions(*groups: Iterable[Caption]) -> tuple[Caption, ...]:
@@ -307,6 +336,7 @@ class CaptionIndex:
         self._root = root
         self._captions: dict[str, tuple[Caption, ...]] = {}
         self._splits: dict[str, str] = {}
+        self._extras: dict[str, Extras] = {}
         self._unmatched: dict[str, str] = {}  # name -> where
         self._duplicates: list[str] = []
         self._by_path: dict[str, str] = {}
@@ -368,6 +398,10 @@ class CaptionIndex:
     def split_of(self, picture: Picture) -> str | None:
         """The split that the captions file puts it in, as written there."""
         return self._splits.get(picture.file)
+
+    def extras_of(self, picture: Picture) -> "Extras":
+        """What else captions files say of it, in order."""
+        return self._extras.get(picture.file, ())[:MAX_EXTRAS]
 
     def report(
         self,
@@ -436,6 +470,8 @@ class CaptionIndex:
                 wholes.setdefault(file, []).append(record.texts)
             else:
                 rows.setdefault(file, []).extend(record.texts)
+            if record.extras:
+                self._add_extras(file, record)
             if record.split and self._splits.setdefault(file, record.split) != record.split:
                 self.problems.append(
                     f"{record.where}: {printable(file)} is in split {self._splits[file]!r} already,"
@@ -443,6 +479,15 @@ class CaptionIndex:
                 )
         for file in wholes.keys() | rows.keys():
             self._add(file, [*wholes.get(file, ()), rows.get(file, [])], source)
+
+    def _add_extras(self, file: str, record: CaptionRecord) -> None:
+        known = self._extras.setdefault(file, record.extras)
+        if known is record.extras or len(known) > MAX_EXTRAS:
+            return
+        both = in_order(known + record.extras)
+        if len(both) > MAX_EXTRAS:
+            self.problems.append(f"{record.where}: {printable(file)}: {too_many_extras()}")
+        self._extras[file] = both
 
     def _find(self, name: str, folder: Path) -> list[str]:
         """The pictures that a captions file in `folder` may mean by `name`; one if it is clear."""
@@ -545,8 +590,10 @@ def read_image(path: Path, *, target: int | None = None, max_pixels: int = MAX_P
     """
     with opened(path, max_pixels) as image:
         taken, descriptions = date_taken(image), _descriptions(image)
+        camera, (latitude, longitude) = camera_of(image), position_of(image) or (None, None)
         rgb, width, height = upright_rgb(image, target)
-    return Decoded(rgb, width, height, taken, descriptions)
+        facts = Facts(camera, latitude, longitude, difference_hash(rgb))
+    return Decoded(rgb, width, height, taken, descriptions, facts)
 
 
 def _read_descriptions(picture: Picture) -> tuple[tuple[Caption, ...], str | None]:

@@ -181,6 +181,20 @@ def date_taken(image: ImageFile.ImageFile) -> datetime | None:
         return None
 
 
+def difference_hash(image: Image.Image) -> int:
+    """64 bits, as a signed number, that change little when a picture is scaled or saved anew.
+
+    Eight rows of nine mean grey levels: a bit tells whether the level to the right is higher. The
+    number of bits that differ is the distance of two pictures. Krawetz 2013, "Kind of Like That".
+
+    Args:
+        image: upright RGB of any size; a flat one gives 0.
+    """
+    levels = image.resize((9, 8), Image.Resampling.BOX).convert("L").tobytes()
+    bits = "".join("01"[levels[at] < levels[at + 1]] for at in range(71) if at % 9 < 8)
+    return int.from_bytes(int(bits, 2).to_bytes(8), signed=True)
+
+
 def upright_rgb(image: ImageFile.ImageFile, target: int | None) -> tuple[Image.Image, int, int]:
     """The decoded picture, upright, without metadata; width and height of the file's, upright.
 

@@ -1,4 +1,4 @@
-"""Descriptions that a picture file carries inside: EXIF, IPTC and XMP."""
+"""What a picture file tells inside: descriptions in EXIF, IPTC and XMP, the camera, the place."""
 
 import codecs
 import re
@@ -10,10 +10,18 @@ from PIL import ImageFile, IptcImagePlugin
 
 from retriever.captions import MAX_CAPTION_CHARS, clean_caption
 
+_MAKE, _MODEL, _GPS_IFD = 0x010F, 0x0110, 0x8825
+_LATITUDE, _LONGITUDE = 2, 4  # degrees, minutes, seconds; the tag before has the hemisphere
 _IMAGE_DESCRIPTION, _XP_COMMENT, _EXIF_IFD, _USER_COMMENT = 0x010E, 0x9C9C, 0x8769, 0x9286
 _IPTC_CAPTION = (2, 120)
 _DC_DESCRIPTION = "{http://purl.org/dc/elements/1.1/}description"
 _RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
+
+MAX_CAMERA_CHARS = 200
+_COMPANY = re.compile(
+    r"[\s,]+((imaging|optical|photo|film|corporation|corp|company|co|ltd|inc|ag|gmbh)\b[\s.,]*)+$",
+    re.IGNORECASE,
+)
 
 # What cameras, phones and programs write where a description belongs.
 _BOILERPLATE = re.compile(
@@ -52,6 +60,49 @@ def embedded_descriptions(image: ImageFile.ImageFile) -> list[tuple[str, str]]:
         except Exception:
             continue
     return [(source, caption) for caption, source in found.items()]
+
+
+def camera_of(image: ImageFile.ImageFile) -> str | None:
+    """EXIF Make and Model, without what both say: "NIKON D90", "Apple iPhone 12"."""
+    try:
+        exif = image.getexif()
+        make, model = (clean_caption(_decoded(_raw(exif.get(tag)))) for tag in (_MAKE, _MODEL))
+    except Exception:  # as in embedded_descriptions
+        return None
+    make = _COMPANY.sub("", make)
+    is_named = any(
+        model.casefold().startswith(word) for word in make.casefold().split() if len(word) > 1
+    )
+    camera = model if is_named else f"{make} {model}".strip()
+    return camera if 0 < len(camera) <= MAX_CAMERA_CHARS else None
+
+
+def position_of(image: ImageFile.ImageFile) -> tuple[float, float] | None:
+    """Where EXIF says it was taken: latitude and longitude in degrees, north and east positive.
+
+    None if it does not say both in whole, if they are no place, or exactly 0° 0°, which is what
+    devices write that do not know.
+    """
+    try:
+        gps = image.getexif().get_ifd(_GPS_IFD)
+        latitude = _degrees(gps, _LATITUDE, "N", "S")
+        longitude = _degrees(gps, _LONGITUDE, "E", "W")
+    except Exception:  # as in embedded_descriptions
+        return None
+    is_place = abs(latitude) <= 90 and abs(longitude) <= 180 and (latitude or longitude)
+    return (latitude, longitude) if is_place else None
+
+
+def _degrees(gps: dict[int, Any], tag: int, positive: str, negative: str) -> float:
+    """Decimal degrees, to a centimetre; ValueError if they make no sense."""
+    letter = _raw(gps[tag - 1]).strip(b"\0 ").decode("ascii").upper()
+    degrees, minutes, seconds = map(float, gps[tag])
+    if letter not in (positive, negative) or not (
+        degrees >= 0 and 0 <= minutes <= 60 and 0 <= seconds <= 60
+    ):
+        raise ValueError("no place")
+    size = degrees + minutes / 60 + seconds / 3600
+    return round(size if letter == positive else -size, 7)
 
 
 def _exif_texts(image: ImageFile.ImageFile) -> Iterator[str]:

@@ -32,7 +32,7 @@ import stat
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import islice
@@ -44,8 +44,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from indexes.records import CaptionRow, ItemRow, ItemWrite, KnownFile
-from retriever.data import Caption, CaptionIndex, Decoded, Picture, list_pictures
+from indexes.records import FACTS, CaptionRow, Extras, ItemRow, ItemWrite, KnownFile
+from retriever.data import Caption, CaptionIndex, Decoded, Facts, Picture, list_pictures
 from retriever.errors import FolderGoneError, PictureError, UsageError, printable
 from retriever.machine import cores
 from retriever.preprocessing import Preprocessing
@@ -63,6 +63,7 @@ BATCH_SIZE = 32  # pictures in one transaction and one call of the encoder
 WINDOW = 4  # batches being decoded, decoded or being encoded at any time
 HASHERS = 2  # threads: one that reads from the disk while the other computes
 HASH_CHUNK_BYTES = 1 << 20
+FACTS_SIDE = 64  # pixels: to be hashed perceptually a picture need not be decoded any larger
 MANY = 1000  # pictures that are gone from a folder at once, and left it empty: a drive, it seems
 EMBEDDED_SOURCES = frozenset({"exif", "iptc", "xmp"})  # captions inside the picture file itself
 VANISHED = "went away or changed while the folder was being read"
@@ -81,14 +82,14 @@ class Failure:
 class IndexReport:
     """What one run found; every picture listed is counted once, those removed come besides.
 
-    added: new files, copies of known content among them. updated: another content, other captions,
-    or embedded by a model that had not seen it. moved: found again under a new name. removed: no
-    longer on disk. unchanged: as before, or equal content under a new time stamp. failed: could not
-    be read, those included that failed earlier and have not changed since. problems: folders and
-    captions that could not be read, known pictures that are out of sight and were left alone, how
-    many captions of a given file match no picture and how many are too long for the model, one
-    sentence each. interrupted: the run was stopped; what it did is committed, and the rest is
-    counted nowhere.
+    added: new files, copies of known content among them. updated: another content, other captions
+    or columns beside them, embedded by a model that had not seen it, or read for what an older
+    version did not look for. moved: found again under a new name. removed: no longer on disk.
+    unchanged: as before, or equal content under a new time stamp. failed: could not be read, those
+    included that failed earlier and have not changed since. problems: folders and captions that
+    could not be read, known pictures that are out of sight and were left alone, how many captions
+    of a given file match no picture and how many are too long for the model, one sentence each.
+    interrupted: the run was stopped; what it did is committed, and the rest is counted nowhere.
     """
 
     added: int = 0
@@ -210,6 +211,7 @@ class _Content:
     height: int
     taken: datetime | None
     descriptions: tuple[CaptionRow, ...]
+    facts: Facts | None  # None: not looked for yet
 
 
 @dataclass(slots=True, eq=False)
@@ -220,9 +222,12 @@ class _Job:
     before: KnownFile | None
     keeps_given: bool  # whether captions given in an earlier run stay
     beside: tuple[CaptionRow, ...] | None = None  # captions in files beside the picture, once read
+    columns: Extras = ()  # what captions files say besides, once `beside` is read
     digest: bytes | None = None
     kept: KnownFile | None = None  # the item whose embedding stays this file's
     decoding: Future[Decoded] | None = None
+    looking: Future[Decoded] | None = None  # for the facts alone
+    facts: Facts | None = None  # those that the kept item lacks, once they are read
     content: _Content | None = None
     failure: str | None = None
 
@@ -245,6 +250,16 @@ class _Job:
         return self.beside + given + inside
 
     @property
+    def extras(self) -> Extras:
+        """The further columns of the picture."""
+        former = self.kept or self.before
+        if self.columns or former is None or not former.extras:
+            return self.columns
+        # They stay where the captions do that came with them.
+        is_given = self.keeps_given and any(one.source.startswith(GIVEN) for one in former.captions)
+        return former.extras if is_given or self.is_renamed_in_vain else ()
+
+    @property
     def is_renamed_in_vain(self) -> bool:
         """Whether a captions file still has captions of this picture under its former name."""
         if not (self.keeps_given and self.before is None and self.kept):
@@ -257,6 +272,15 @@ class _Job:
     def needs_picture(self) -> bool:
         """Whether the picture must be embedded, by this model at least."""
         return self.digest is not None and not (self.kept and self.kept.picture_embedded)
+
+    @property
+    def needs_facts(self) -> bool:
+        """Whether the file must be read for what an older version did not look for."""
+        return self.kept is not None and self.kept.facts < FACTS
+
+    @property
+    def has_new_extras(self) -> bool:
+        return self.kept is not None and self.extras != self.kept.extras
 
     @property
     def has_new_captions(self) -> bool:
@@ -273,7 +297,11 @@ class _Job:
     def outcome(self) -> Outcome:
         if self.before is None:
             return "moved" if self.kept else "added"
-        return "updated" if self.needs_picture or self.needs_captions else "unchanged"
+        is_updated = (
+            *(self.needs_picture, self.needs_captions),
+            *(self.needs_facts, self.has_new_extras),
+        )
+        return "updated" if any(is_updated) else "unchanged"
 
 
 class _Run:
@@ -480,24 +508,25 @@ class _Run:
         job = _Job(picture, before, keeps_given=self.captions is None)
         if before is None or not _is_same_file(picture, before):
             return job
-        job.beside = self._beside(picture, sources)
+        self._look_beside(job, sources)
         if before.status == "failed":
             # Without a hash not even its bytes could be read: that may pass (a drive, rights).
-            if before.content_hash is None or before.captions != job.captions:
+            is_as_before = before.captions == job.captions and before.extras == job.extras
+            if before.content_hash is None or not is_as_before:
                 return job
             self.failed.append(Failure(picture.path, self._reasons[before.item_id] or ""))
             return None
         job.digest, job.kept = before.content_hash, before
-        if job.needs_picture or job.needs_captions:
+        if job.outcome == "updated":
             return job
         self.counts["unchanged"] += 1
         return None
 
-    def _beside(self, picture: Picture, sources: CaptionIndex) -> tuple[CaptionRow, ...]:
-        found = sources.for_picture(picture)
-        if not found:
-            return ()
-        return tuple(CaptionRow(one.text, _source(one, self.captions)) for one in found)
+    def _look_beside(self, job: _Job, sources: CaptionIndex) -> None:
+        """Fills in what files beside the picture say."""
+        found = sources.for_picture(job.picture)
+        job.beside = tuple(CaptionRow(one.text, _source(one, self.captions)) for one in found)
+        job.columns = sources.extras_of(job.picture)
 
     @cached_property
     def _reasons(self) -> dict[int, str | None]:
@@ -599,7 +628,7 @@ class _Run:
                 ahead.append((job, hashing))
             job, hashing = ahead.popleft()
             if job.beside is None:
-                job.beside = self._beside(job.picture, sources)
+                self._look_beside(job, sources)
             try:
                 job.digest = hashing.result() if hashing else job.digest
             except FileNotFoundError:
@@ -618,6 +647,9 @@ class _Run:
             if job.needs_picture and not (job.digest in stored or job.digest in self.in_flight):
                 self.in_flight.add(job.digest)
                 job.decoding = crew.decoding.submit(self._read, crew, job.picture.path)
+            elif job.needs_facts and not job.needs_picture:
+                path = job.picture.path
+                job.looking = crew.decoding.submit(crew.workers.read, path, target=FACTS_SIDE)
 
     def _kept(self, job: _Job, twin_id: int | None) -> KnownFile | None:
         """The item that this file still is: by its path, or by the path that it had before."""
@@ -653,6 +685,8 @@ class _Run:
     def _encode(self, crew: _Crew, batch: Sequence[_Job]) -> _Captions:
         """Fills in the contents that are being decoded; gives the captions that are known then."""
         self._encode_pictures(crew, [job for job in batch if job.decoding])
+        for job in batch:
+            _find_facts(job)
         return self._encode_captions(_texts(batch))
 
     def _encode_pictures(self, crew: _Crew, jobs: Sequence[_Job]) -> None:
@@ -679,7 +713,7 @@ class _Run:
         rows = self.encoder().encode_images([one.image for one in decoded.values()])
         for (digest, one), row in zip(decoded.items(), rows, strict=True):
             inside = tuple(CaptionRow(two.text, two.source) for two in one.descriptions)
-            contents[digest] = _Content(row, one.width, one.height, one.taken, inside)
+            contents[digest] = _Content(row, one.width, one.height, one.taken, inside, one.facts)
         for job in jobs:
             if job.failure is None and job.digest is not None:
                 job.content = contents[job.digest]
@@ -746,6 +780,7 @@ class _Run:
                 item.height,
                 item.taken,
                 _from(item, EMBEDDED_SOURCES.__contains__),
+                _facts(item),
             )
             for item, row in zip(items, rows, strict=True)
             if item.content_hash is not None
@@ -759,6 +794,11 @@ class _Run:
             self.writer.touch(kept.item_id, one.size, one.mtime_ns)
         if job.has_new_captions:
             self.writer.set_captions(kept.item_id, job.captions, embed(job))
+        if job.has_new_extras:
+            self.writer.set_extras(kept.item_id, job.extras)
+        facts = job.facts or (job.content.facts if job.content else None)
+        if facts and job.needs_facts:
+            self.writer.set_facts(kept.item_id, **asdict(facts))
         image = job.content.embedding if job.content else None
         texts = embed(job) if job.needs_captions and not job.has_new_captions else None
         if image is not None or texts is not None:
@@ -845,7 +885,28 @@ def _known_file(item: ItemRow) -> KnownFile:
         item.status,
         item.captions,
         captions_embedded=not item.captions,
+        extras=item.extras,
+        facts=item.facts,
     )
+
+
+def _find_facts(job: _Job) -> None:
+    """Fills in the facts that were looked for alone."""
+    if job.looking is None:
+        return
+    try:
+        job.facts = job.looking.result().facts
+    except PictureError:
+        # This content could be decoded once. Whatever it is now, no run tries it again.
+        job.facts = Facts() if _is_as_listed(job.picture) else None
+    job.looking = None
+
+
+def _facts(item: ItemRow) -> Facts | None:
+    """What the store knows of a file beside its content, if that was looked for."""
+    if item.facts < FACTS:
+        return None
+    return Facts(item.camera, item.latitude, item.longitude, item.perceptual_hash)
 
 
 def _may_exist(path: Path) -> bool:
@@ -910,6 +971,7 @@ def _item_write(job: _Job, embed: Callable[[_Job], Rows | None]) -> ItemWrite:
             height=0,
             captions=job.captions,
             failure=job.failure,
+            extras=job.extras,
         )
     return ItemWrite(
         one.file,
@@ -922,4 +984,7 @@ def _item_write(job: _Job, embed: Callable[[_Job], Rows | None]) -> ItemWrite:
         job.captions,
         content.embedding,
         embed(job),
+        extras=job.extras,
+        facts=FACTS if content.facts else 0,
+        **asdict(content.facts or Facts()),
     )

@@ -26,14 +26,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from PIL import Image
 
-from retriever.data import Caption, Decoded, read_image
+from retriever.data import Caption, Decoded, Facts, read_image
 from retriever.decoding import MAX_PIXELS
 from retriever.errors import PictureError, RetrieverError, printable
 from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
@@ -362,7 +362,20 @@ def _received(answers: IO[bytes]) -> Decoded | str | None:
         int(header["height"]),
         datetime.fromisoformat(header["taken"]) if header["taken"] else None,
         tuple(Caption(str(text), str(source)) for text, source in header["descriptions"]),
+        _facts(*header["facts"]),
     )
+
+
+def _facts(
+    camera: object, latitude: float | None, longitude: float | None, perceptual_hash: int
+) -> Facts:
+    """Raises ValueError, TypeError or OverflowError for what is no fact of any picture."""
+    if latitude is not None or longitude is not None:
+        latitude, longitude = float(latitude or 0), float(longitude or 0)
+        if not abs(latitude) <= 90 or not abs(longitude) <= 180:  # True for NaN
+            raise ValueError(f"{latitude}, {longitude} is no place")
+    perceptual_hash.to_bytes(8, signed=True)
+    return Facts(None if camera is None else str(camera), latitude, longitude, perceptual_hash)
 
 
 def _header(answers: IO[bytes]) -> dict[str, Any]:
@@ -436,6 +449,7 @@ def _answer(wish: _Wish) -> tuple[dict[str, Any], bytes]:
         "height": decoded.height,
         "taken": decoded.taken.isoformat() if decoded.taken else None,
         "descriptions": [(one.text, one.source) for one in decoded.descriptions],
+        "facts": astuple(decoded.facts),
     }
     return header, pixels
 

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import math
 import os
 import socket
 import sys
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 from retriever import captions
 from retriever.captions import (
     MAX_CAPTION_CHARS,
+    MAX_EXTRA_CHARS,
+    MAX_EXTRAS,
+    MAX_KEY_CHARS,
     MAX_PROBLEMS,
     clean_caption,
     find_caption_files,
@@ -255,6 +259,127 @@ def test_a_quotation_mark_swallows_no_more_than_the_longest_cell(tmp_path: Path)
     assert len(problems) == 1
     assert problems[0].startswith("c.csv:12: field larger than field limit")
     assert "; skipped up to line " in problems[0]
+
+
+def extras_of(path: Path) -> tuple[list[tuple[tuple[str, str | float], ...]], list[str]]:
+    problems: list[str] = []
+    _, records = read_caption_file(path, problems)
+    return [record.extras for record in records], problems
+
+
+@pytest.mark.parametrize(
+    ("fields", "extras"),
+    [
+        ({}, ()),
+        ({"License": "cc0", " year ": 1999}, (("license", "cc0"), ("year", 1999.0))),
+        ({"tags": ["sea", "dog", "sea"]}, (("tags", "dog"), ("tags", "sea"))),
+        ({"tags": ["x", 2, 1.5, None, ""]}, (("tags", 1.5), ("tags", 2.0), ("tags", "x"))),
+        ({"public": True, "edited": False}, (("edited", "false"), ("public", "true"))),
+        ({"nothing": None, "empty": " ", "list": [], "object": {}}, ()),
+        ({"nan": float("nan"), "endless": float("inf")}, ()),
+        (
+            {"by": {"Name": "Ann", "at": [{"city": "Ulm"}, {"city": "Bonn"}]}},
+            (("by.at.city", "Bonn"), ("by.at.city", "Ulm"), ("by.name", "Ann")),
+        ),
+        ({"id": 12345678901234567890}, (("id", "12345678901234567890"),)),
+        ({"id": 2**53, "neg": -3}, (("id", 2.0**53), ("neg", -3.0))),
+        ({"note": "two\nlines\ud800"}, (("note", "two lines\ufffd"),)),
+        ({"image": "other.jpg", "comment": "mine"}, (("comment", "mine"), ("image", "other.jpg"))),
+        ({"split": "test", "comment_number": 3}, ()),
+        ({"": "nameless"}, ()),
+        ({"Größe": "9"}, (("größe", "9"),)),
+    ],
+)
+def test_what_else_a_record_holds_are_its_extras(
+    tmp_path: Path, fields: dict[str, object], extras: tuple[tuple[str, str | float], ...]
+) -> None:
+    line = json.dumps({"file": "a.jpg", "caption": "a dog", **fields})
+    assert extras_of(write(tmp_path, "c.jsonl", line)) == ([extras], [])
+    assert extras_of(write(tmp_path, "c.json", f"[{line}]")) == ([extras], [])
+
+
+def test_a_key_given_twice_has_both_values(tmp_path: Path) -> None:
+    line = '{"file": "a.jpg", "tag": "dog", "caption": null, "tag": "sea"}'
+    assert extras_of(write(tmp_path, "c.jsonl", line)) == ([(("tag", "dog"), ("tag", "sea"))], [])
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [
+        ("5", 5.0),
+        ("-0.25", -0.25),
+        ("1e-05", 1e-05),
+        ("cc0", "cc0"),
+        ("  cc0 ", "cc0"),
+        ("007", "007"),  # a name
+        ("1234567890123456", "1234567890123456"),
+        ("1e999", None),
+        ("nan", "nan"),
+        ("1.2.3", "1.2.3"),
+        ("2024-05-06", "2024-05-06"),
+        ("True", "true"),
+        ("", None),
+        ("  ", None),
+    ],
+)
+@pytest.mark.parametrize("delimiter", [",", "\t", "|", ";"])
+def test_the_further_cells_of_a_row_are_its_extras(
+    tmp_path: Path, delimiter: str, cell: str, value: str | float | None
+) -> None:
+    rows = [["", "File", "Kind", "caption", "split"], ["0", "a.jpg", cell, "a dog", "test"]]
+    table = "\n".join(map(delimiter.join, rows))
+    extras = () if value is None else (("kind", value),)
+    assert extras_of(write(tmp_path, "c.csv", table)) == ([extras], [])
+
+
+def test_the_number_of_a_caption_is_nothing_that_is_asked_for(tmp_path: Path) -> None:
+    table = "image_name| comment_number| comment\na.jpg| 0| a dog\n"
+    assert extras_of(write(tmp_path, "results.csv", table)) == ([()], [])
+
+
+def test_extras_have_limits_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    fields = {
+        "file": "a.jpg",
+        "caption": "a dog",
+        "k" * (MAX_KEY_CHARS + 1): 1,
+        "long": "x" * (MAX_EXTRA_CHARS + 1),
+        "whole": "x" * MAX_EXTRA_CHARS,
+        "list": list(range(MAX_EXTRAS + 5)),
+    }
+    [extras], problems = extras_of(write(tmp_path, "c.jsonl", json.dumps(fields)))
+    assert len(extras) == MAX_EXTRAS
+    assert extras[-1] == ("whole", "x" * MAX_EXTRA_CHARS)
+    assert problems == [
+        f"c.jsonl:1: {'k' * 79}…: a name of over 100 characters",
+        "c.jsonl:1: long: a value of 10,001 characters, over 10,000",
+        "c.jsonl:1: over 200 values beside the caption; the others are left out",
+    ]
+
+
+def test_extras_as_deep_as_json_allows_harm_nothing(tmp_path: Path) -> None:
+    deep = '{"a": ' * 400 + "1" + "}" * 400
+    wide = "[" * 400 + '"x"' + "]" * 400
+    line = f'{{"file": "a.jpg", "caption": "a dog", "deep": {deep}, "wide": {wide}}}'
+    extras, problems = extras_of(write(tmp_path, "c.jsonl", line))
+    assert extras == [(("wide", "x"),)]
+    assert problems == [f"c.jsonl:1: deep{'.a' * 37}.…: a name of over 100 characters"]
+
+
+@one_file
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+)
+def test_whatever_a_record_holds_its_extras_can_be_stored(tmp_path: Path, value: object) -> None:
+    line = json.dumps({"file": "a.jpg", "caption": "a dog", "more": value})
+    [extras], _ = extras_of(write(tmp_path, "c.jsonl", line))
+    assert list(extras) == sorted(set(extras), key=lambda one: (one[0], str(type(one[1])), one[1]))
+    for key, one in extras:
+        assert key == clean_caption(key).lower() != ""
+        assert one and one == clean_caption(one) if isinstance(one, str) else math.isfinite(one)
 
 
 def test_faults_beyond_a_thousand_are_counted(tmp_path: Path) -> None:

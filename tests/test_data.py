@@ -345,6 +345,39 @@ def test_a_file_that_was_found_becomes_a_problem_and_one_that_was_given_an_error
         read(tmp_path, captions=path)
 
 
+def test_what_several_records_say_of_a_picture_is_put_together(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg", "in/c.jpg")
+    lines = [
+        {"file": "a.jpg", "caption": "a dog", "tag": "pet", "year": 1999},
+        {"file": "a.jpg", "caption": "ein Hund", "tag": ["animal", "pet"]},
+        {"file": "b.jpg", "caption": "a cat"},
+        {"file": "missing.jpg", "caption": "nobody", "tag": "lost"},
+    ]
+    text(tmp_path / "captions.jsonl", "\n".join(map(json.dumps, lines)))
+    text(tmp_path / "captions.csv", "file,caption,licence\na.jpg,a pup,cc0\n")
+    text(tmp_path / "in/captions.tsv", "file\tcaption\ttag\nc.jpg\ta bird\tfree\n")
+    pictures = list(list_pictures(tmp_path))
+    index = CaptionIndex.read(tmp_path, pictures=pictures)
+    assert [index.extras_of(one) for one in pictures] == [
+        (("licence", "cc0"), ("tag", "animal"), ("tag", "pet"), ("year", 1999.0)),
+        (),
+        (("tag", "free"),),
+    ]
+    assert index.problems == []
+
+
+def test_records_of_one_picture_have_one_limit_of_extras(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    rows = [f"a.jpg,a dog {number},{number}" for number in range(5000)]
+    text(tmp_path / "captions.csv", "\n".join(["file,caption,number", *rows]))
+    pictures = list(list_pictures(tmp_path))
+    index = CaptionIndex.read(tmp_path, pictures=pictures)
+    assert index.extras_of(pictures[0]) == tuple(("number", float(one)) for one in range(200))
+    assert index.problems == [
+        "captions.csv:202: a.jpg: over 200 values beside the caption; the others are left out"
+    ]
+
+
 def test_splits_come_from_the_captions_file(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     lines = [

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from retriever.data import read_image
+from retriever.decoding import difference_hash
 from retriever.errors import PictureError
 
 ORIENTATION, EXIF_IFD, DATE_TIME_ORIGINAL = 0x0112, 0x8769, 0x9003
@@ -413,3 +414,60 @@ def test_a_large_picture_is_made_smaller_but_never_below_twice_the_target(tmp_pa
     assert (decoded.width, decoded.height) == (900, 600)
     assert 100 <= min(decoded.image.size) < 200
     assert decoded.image.width / decoded.image.height == pytest.approx(1.5, abs=0.02)
+
+
+# ── Perceptual hash ──────────────────────────────────────────────────────────────────────────────
+
+
+def steps(*, side: int = 90, flip: bool = False) -> Image.Image:
+    """Eight rows of nine fields, each lighter than the one before in every second row."""
+    levels = [[25 * (column if row % 2 else 8 - column) for column in range(9)] for row in range(8)]
+    small = Image.new("L", (9, 8))
+    small.putdata([level for row in levels for level in (row[::-1] if flip else row)])
+    return small.resize((side, side), Image.Resampling.NEAREST).convert("RGB")
+
+
+def distance(a: int, b: int) -> int:
+    return ((a ^ b) & (1 << 64) - 1).bit_count()
+
+
+def test_a_bit_of_the_hash_tells_whether_it_is_lighter_to_the_right() -> None:
+    assert difference_hash(steps(side=72)) == 0x00FF00FF00FF00FF
+    assert difference_hash(steps(side=72, flip=True)) == 0xFF00FF00FF00FF00 - (1 << 64)
+    assert difference_hash(Image.new("RGB", (50, 40), "red")) == 0
+    assert difference_hash(Image.new("RGB", (1, 1))) == 0
+
+
+@pytest.fixture(scope="module")
+def scene() -> Image.Image:
+    """Something with edges and shades, none of them regular."""
+    noise = np.random.default_rng(5).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC)
+
+
+def test_a_picture_saved_anew_keeps_most_of_its_hash(tmp_path: Path, scene: Image.Image) -> None:
+    path = tmp_path / "scene.png"
+    scene.save(path)
+    original = read_image(path).facts.perceptual_hash
+    assert original is not None
+    assert -(1 << 63) <= original < 1 << 63
+    for name, image, options in [
+        ("poor.jpg", scene, {"quality": 20}),
+        ("small.jpg", scene.resize((320, 240)), {"quality": 80}),
+        ("wide.webp", scene.resize((700, 400)), {"quality": 50}),
+        ("grey.png", scene.convert("L"), {}),
+        ("turned.jpg", scene.rotate(-90, expand=True), {"exif": turned(8)}),
+    ]:
+        image.save(tmp_path / name, **options)
+        for target in (None, 64, 224):
+            found = read_image(tmp_path / name, target=target).facts.perceptual_hash
+            assert found is not None
+            assert distance(original, found) <= 3, (name, target)
+    other = difference_hash(scene.transpose(Image.Transpose.ROTATE_180))
+    assert distance(original, other) > 16
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif

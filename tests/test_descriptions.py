@@ -2,9 +2,13 @@ import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from PIL.TiffImagePlugin import IFDRational
 
-from retriever.data import read_image
+from retriever.data import Facts, read_image
+from retriever.errors import PictureError
 
 IMAGE_DESCRIPTION, XP_COMMENT, EXIF_IFD, USER_COMMENT = 0x010E, 0x9C9C, 0x8769, 0x9286
 
@@ -193,3 +197,128 @@ def test_damaged_exif_costs_neither_the_picture_nor_its_other_descriptions(tmp_p
     segment = struct.pack(">BBH", 0xFF, 0xE1, len(content) + 2) + content
     path.write_bytes(data[:2] + segment + data[2:])
     assert descriptions(path) == [("iptc", "a dog")]
+
+
+# ── The camera and the place ─────────────────────────────────────────────────────────────────────
+
+MAKE, MODEL, GPS_IFD = 0x010F, 0x0110, 0x8825
+
+
+def facts_of(path: Path, exif: Image.Exif) -> Facts:
+    picture().save(path, exif=exif)
+    return read_image(path).facts
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "camera"),
+    [
+        ("NIKON CORPORATION", "NIKON D90", "NIKON D90"),
+        ("NIKON CORPORATION", "COOLPIX P900", "NIKON COOLPIX P900"),
+        ("Canon", "Canon EOS 5D Mark II", "Canon EOS 5D Mark II"),
+        ("Apple", "iPhone 12", "Apple iPhone 12"),
+        ("SONY", "ILCE-7M3", "SONY ILCE-7M3"),
+        ("LG Electronics", "LG-H815", "LG-H815"),
+        ("EASTMAN KODAK COMPANY", "KODAK Z612 ZOOM", "KODAK Z612 ZOOM"),
+        ("OLYMPUS IMAGING CORP.  ", "E-M5", "OLYMPUS E-M5"),
+        ("RICOH IMAGING COMPANY, LTD.", "PENTAX K-1", "RICOH PENTAX K-1"),
+        ("Leica Camera AG", "M10\0\0\0", "Leica Camera M10"),
+        ("", "HUAWEI P9", "HUAWEI P9"),
+        ("FUJIFILM", "", "FUJIFILM"),
+        ("富士".encode(), "X-T5", "富士 X-T5"),
+        (" \0", "\0", None),
+        ("", "x" * 201, None),
+        (b"\x01\x02", "", None),
+    ],
+)
+def test_the_camera_is_maker_and_model_and_nothing_twice(
+    tmp_path: Path, make: str | bytes, model: str, camera: str | None
+) -> None:
+    exif = Image.Exif()
+    exif[MAKE], exif[MODEL] = make, model
+    assert facts_of(tmp_path / "a.jpg", exif).camera == camera
+
+
+def with_place(*values: object) -> Image.Exif:
+    """EXIF of a place: hemisphere and angle of the latitude, then of the longitude."""
+    exif = Image.Exif()
+    exif[MAKE] = "Maker"  # Pillow writes none that has an inner part alone
+    gps = exif.get_ifd(GPS_IFD)
+    gps.update({tag: value for tag, value in enumerate(values, 1) if value is not None})
+    exif[GPS_IFD] = gps
+    return exif
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "avif"])
+@pytest.mark.parametrize(
+    ("values", "place"),
+    [
+        (("N", (52.0, 31.0, 12.0), "E", (13.0, 24.0, 18.0)), (52.52, 13.405)),
+        (("S", (33.0, 51.5, 0.0), "E", (151.0, 12.75, 0.0)), (-33.8583333, 151.2125)),
+        (("N", (40.0, 0.0, 0.0), "W", (74.5, 0.0, 0.0)), (40.0, -74.5)),
+        (("s", (0.0, 0.0, 36.0), "W", (0.0, 0.0, 0.0)), (-0.01, 0.0)),
+        (("N", (90.0, 0.0, 0.0), "E", (180.0, 0.0, 0.0)), (90.0, 180.0)),
+    ],
+)
+def test_a_place_is_in_degrees_of_both_hemispheres(
+    tmp_path: Path, suffix: str, values: tuple[object, ...], place: tuple[float, float]
+) -> None:
+    facts = facts_of(tmp_path / f"a.{suffix}", with_place(*values))
+    assert (facts.latitude, facts.longitude) == pytest.approx(place, abs=1e-6)
+
+
+ANGLE = (10.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (None, ANGLE, "E", ANGLE),  # which side of the equator?
+        ("N", ANGLE, "E", None),
+        ("N", None, None, None),
+        ("X", ANGLE, "E", ANGLE),
+        ("E", ANGLE, "N", ANGLE),
+        ("N", (91.0, 0.0, 0.0), "E", ANGLE),
+        ("N", (89.0, 59.0, 61.0), "E", ANGLE),
+        ("N", ANGLE, "E", (180.0, 0.0, 1.0)),
+        ("N", (IFDRational(0, 0),) * 3, "E", ANGLE),
+        ("N", (10.0, 0.0), "E", ANGLE),
+        ("N", (10.0, 0.0, 0.0, 0.0), "E", ANGLE),
+        ("N", (0.0, 0.0, 0.0), "E", (0.0, 0.0, 0.0)),
+    ],
+)
+def test_a_place_that_is_damaged_or_unknown_is_none(
+    tmp_path: Path, values: tuple[object, ...]
+) -> None:
+    facts = facts_of(tmp_path / "a.jpg", with_place(*values))
+    assert (facts.latitude, facts.longitude) == (None, None)
+
+
+def test_a_picture_without_metadata_has_neither_camera_nor_place(tmp_path: Path) -> None:
+    picture().save(tmp_path / "a.png")
+    facts = read_image(tmp_path / "a.png").facts
+    assert (facts.camera, facts.latitude, facts.longitude) == (None, None, None)
+
+
+@given(at=st.integers(0, 400), flip=st.integers(1, 255))
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
+)
+def test_no_damage_to_metadata_makes_a_place_that_there_is_not(
+    tmp_path: Path, at: int, flip: int
+) -> None:
+    exif = with_place("N", (52.0, 31.0, 12.0), "E", (13.0, 24.0, 18.0))
+    exif[MAKE], exif[MODEL] = "NIKON CORPORATION", "NIKON D90"
+    path = tmp_path / "a.jpg"
+    picture().save(path, exif=exif)
+    data = bytearray(path.read_bytes())
+    data[at % len(data)] ^= flip
+    path.write_bytes(data)
+    try:
+        facts = read_image(path).facts
+    except PictureError:
+        return
+    assert facts.camera is None or 0 < len(facts.camera) <= 200
+    assert (facts.latitude is None) == (facts.longitude is None)
+    if facts.latitude is not None and facts.longitude is not None:
+        assert abs(facts.latitude) <= 90
+        assert abs(facts.longitude) <= 180

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import sqlite3
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from PIL import Image
 
 from indexes.errors import StoreLockedError
-from indexes.records import ItemWrite
+from indexes.records import FACTS, ItemWrite
 from indexes.store import CaptionRow, ItemRow, ModelSpec, Store
 from indexes.writer import Writer
 from retriever import ingest
@@ -724,6 +726,184 @@ def test_a_picture_that_a_second_model_cannot_have_read_is_named_and_stays_as_it
     assert index_folder(fresh_store, no_encoder, tiny_pairs).unchanged == 5
 
 
+# ── What files tell beside what they show ────────────────────────────────────────────────────────
+
+
+def forget_facts(store: Store) -> None:
+    """Leaves the pictures of a store as a version that looked for less has left them."""
+    with closing(sqlite3.connect(store.path / "catalogue.sqlite")) as database, database:
+        database.execute(
+            "UPDATE items SET facts = 0, camera = NULL, latitude = NULL, longitude = NULL,"
+            " perceptual_hash = NULL WHERE status = 'ok'"
+        )
+
+
+def photograph(path: Path, *, colour: str = "red") -> Path:
+    """A picture with a camera, a place and an edge down its middle."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110] = "NIKON CORPORATION", "NIKON D90"
+    exif.get_ifd(0x8825).update({1: "S", 2: (33.0, 30.0, 0.0), 3: "E", 4: (151.0, 12.0, 0.0)})
+    image = Image.new("RGB", (90, 80), "black")
+    image.paste(colour, (45, 0, 90, 80))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=95, exif=exif)
+    return path
+
+
+def facts_of(store: Store, path: Path) -> tuple[Any, ...]:
+    item = items_of(store)[str(path)]
+    return (item.camera, item.latitude, item.longitude, item.perceptual_hash, item.facts)
+
+
+# The edge is in the middle of nine columns: it gets lighter to it, and once more from it.
+FACTS_OF_PHOTOGRAPH = ("NIKON D90", -33.5, 151.2, 0x1818181818181818, FACTS)
+
+
+def test_camera_place_and_hash_of_a_picture_and_its_copies_are_kept(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    path = photograph(tmp_path / "p/a.jpg")
+    index(tmp_path / "p")
+    assert facts_of(fresh_store, path) == FACTS_OF_PHOTOGRAPH
+    copy, moved = tmp_path / "p/copy.jpg", tmp_path / "p/moved.jpg"
+    shutil.copyfile(path, copy)
+    path.rename(moved)
+    paint(tmp_path / "p/plain.png", "red")
+    assert index(tmp_path / "p") == IndexReport(added=2, moved=1)
+    assert facts_of(fresh_store, copy) == facts_of(fresh_store, moved) == FACTS_OF_PHOTOGRAPH
+    plain = facts_of(fresh_store, tmp_path / "p/plain.png")
+    assert plain == (None, None, None, 0, FACTS)
+
+
+def test_what_an_older_version_did_not_look_for_is_read_without_encoding_anything(
+    index: Index, fresh_store: Store, tiny_pairs: Path
+) -> None:
+    path = photograph(tiny_pairs / "photo.jpg")
+    shutil.copyfile(path, tiny_pairs / "copy.jpg")
+    (tiny_pairs / "spoilt.jpg").write_bytes(b"spoilt")
+    index(tiny_pairs)
+    before = {path: item.item_id for path, item in items_of(fresh_store).items()}
+    forget_facts(fresh_store)
+    path.rename(tiny_pairs / "renamed.jpg")
+    report = index_folder(fresh_store, no_encoder, tiny_pairs)
+    assert (report.updated, report.moved, len(report.failed)) == (6, 1, 1)
+    for name in ("renamed.jpg", "copy.jpg"):
+        assert facts_of(fresh_store, tiny_pairs / name) == FACTS_OF_PHOTOGRAPH
+    after = {path: item.item_id for path, item in items_of(fresh_store).items()}
+    assert sorted(after.values()) == sorted(before.values())
+    assert fresh_store.verify() == []
+    report = index_folder(fresh_store, no_encoder, tiny_pairs)
+    assert (report.unchanged, len(report.failed)) == (7, 1)
+
+
+def test_a_new_copy_of_what_an_older_version_knew_is_looked_at_in_the_next_run(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    path = photograph(tmp_path / "p/a.jpg")
+    index(tmp_path / "p")
+    forget_facts(fresh_store)
+    copy = tmp_path / "p/copy.jpg"
+    shutil.copyfile(path, copy)
+    for report in (IndexReport(added=1, updated=1), IndexReport(unchanged=1, updated=1)):
+        assert index_folder(fresh_store, no_encoder, tmp_path / "p") == report
+    assert facts_of(fresh_store, copy) == facts_of(fresh_store, path) == FACTS_OF_PHOTOGRAPH
+
+
+def test_what_cannot_be_read_any_more_is_looked_at_once(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    path = photograph(tmp_path / "p/a.jpg")
+    index(tmp_path / "p")
+    forget_facts(fresh_store)
+    status = path.stat()
+    path.write_bytes(b"?" * status.st_size)  # of equal size and time, as on a failing disk
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert index_folder(fresh_store, no_encoder, tmp_path / "p") == IndexReport(updated=1)
+    assert facts_of(fresh_store, path) == (None, None, None, None, FACTS)
+    assert index_folder(fresh_store, no_encoder, tmp_path / "p") == IndexReport(unchanged=1)
+
+
+def test_a_second_model_reads_what_an_older_version_did_not_look_for(
+    index: Index,
+    fresh_store: Store,
+    tmp_path: Path,
+    other_store: Store,
+    other_encoder: TurnedEncoder,
+) -> None:
+    path = photograph(tmp_path / "p/a.jpg")
+    index(tmp_path / "p")
+    forget_facts(fresh_store)
+    assert index_folder(other_store, lambda: other_encoder, tmp_path / "p").updated == 1
+    assert facts_of(other_store, path) == FACTS_OF_PHOTOGRAPH
+    assert index_folder(fresh_store, no_encoder, tmp_path / "p") == IndexReport(unchanged=1)
+
+
+def extras_of(store: Store, path: Path) -> tuple[tuple[str, str | float], ...]:
+    return items_of(store)[str(path)].extras
+
+
+def test_a_change_of_columns_alone_updates_a_picture_and_encodes_nothing(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    red, blue = (paint(tmp_path / f"p/{name}.png", name) for name in ("red", "blue"))
+    table = tmp_path / "p/captions.csv"
+    table.write_text("file,caption,tag,year\nred.png,all red,warm,1999\nblue.png,all blue,,\n")
+    index(tmp_path / "p")
+    assert extras_of(fresh_store, red) == (("tag", "warm"), ("year", 1999.0))
+    assert extras_of(fresh_store, blue) == ()
+    ids = fresh_store.caption_ids(items_of(fresh_store)[str(red)].item_id)
+    table.write_text("file,caption,tag\nred.png,all red,hot\nblue.png,all blue,cold\n")
+    assert index_folder(fresh_store, no_encoder, tmp_path / "p") == IndexReport(updated=2)
+    assert extras_of(fresh_store, red) == (("tag", "hot"),)
+    assert extras_of(fresh_store, blue) == (("tag", "cold"),)
+    assert fresh_store.caption_ids(items_of(fresh_store)[str(red)].item_id) == ids
+    assert index_folder(fresh_store, no_encoder, tmp_path / "p") == IndexReport(unchanged=2)
+    paint(red, "cyan", side=9)
+    assert index(tmp_path / "p") == IndexReport(updated=1, unchanged=1)
+    assert extras_of(fresh_store, red) == (("tag", "hot"),)
+    table.unlink()
+    assert index_folder(fresh_store, no_encoder, tmp_path / "p") == IndexReport(updated=2)
+    assert extras_of(fresh_store, red) == ()
+    assert fresh_store.verify() == []
+
+
+def test_columns_of_a_failed_picture_are_kept_and_follow_their_file(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    spoilt = tmp_path / "p/spoilt.jpg"
+    spoilt.parent.mkdir()
+    spoilt.write_bytes(b"spoilt")
+    table = tmp_path / "p/captions.csv"
+    for tag in ("one", "two"):
+        table.write_text(f"file,caption,tag\nspoilt.jpg,a dog,{tag}\n")
+        assert len(index(tmp_path / "p").failed) == 1
+        assert extras_of(fresh_store, spoilt) == (("tag", tag),)
+
+
+def test_columns_stay_where_the_captions_do_that_came_with_them(
+    index: Index, fresh_store: Store, tmp_path: Path
+) -> None:
+    red, blue = (paint(tmp_path / f"p/{name}.png", name) for name in ("red", "blue"))
+    given = tmp_path / "mine.csv"
+    given.write_text("file,caption,tag\nred.png,red by hand,warm\n")
+    found = tmp_path / "p/captions.csv"
+    found.write_text("file,caption,tag\nblue.png,blue as found,cold\n")
+    index(tmp_path / "p", captions=given)
+    assert (extras_of(fresh_store, red), extras_of(fresh_store, blue)) == ((("tag", "warm"),), ())
+    assert index(tmp_path / "p") == IndexReport(updated=1, unchanged=1)
+    assert extras_of(fresh_store, red) == (("tag", "warm"),)
+    assert extras_of(fresh_store, blue) == (("tag", "cold"),)
+    moved = tmp_path / "p/moved.png"
+    blue.rename(moved)  # its captions stand under its former name, and stay
+    report = index(tmp_path / "p")
+    assert (report.moved, report.unchanged, len(report.problems)) == (1, 1, 1)
+    assert extras_of(fresh_store, moved) == (("tag", "cold"),)
+    assert index_folder(fresh_store, no_encoder, tmp_path / "p") == IndexReport(unchanged=2)
+    given.write_text("file,caption\nred.png,red by hand\n")
+    index(tmp_path / "p", captions=given)
+    assert (extras_of(fresh_store, red), extras_of(fresh_store, moved)) == ((), ())
+
+
 # ── Failures ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1117,6 +1297,16 @@ class FolderMachine(RuleBasedStateMachine):
         else:
             path.rename(self.folder / place)
 
+    @rule(rows=st.lists(st.tuples(files, st.sampled_from(["sea", "dog", "5"])), max_size=4))
+    def tabulate(self, rows: list[tuple[str, str]]) -> None:
+        # Without captions: those of a picture that has moved stay, and a new library has none.
+        lines = ["file,caption,tag", *(f"{file},,{tag}" for file, tag in rows)]
+        (self.folder / "captions.csv").write_text("\n".join(lines))
+
+    @rule()
+    def come_from_an_older_version(self) -> None:
+        forget_facts(self.store)
+
     @rule(file=files)
     def touch(self, file: str) -> None:
         if (self.folder / file).exists():
@@ -1161,7 +1351,8 @@ def contents(store: Store) -> dict[str, Any]:
 
     def rows(item: ItemRow) -> Iterator[Any]:
         yield item.size, item.mtime_ns, item.content_hash, item.width, item.height
-        yield item.status, item.reason, item.captions
+        yield item.status, item.reason, item.captions, item.extras
+        yield item.camera, item.latitude, item.longitude, item.perceptual_hash, item.facts
         if item.status == "ok":
             yield store.embeddings("image", [item.item_id]).tolist()
             yield store.embeddings("caption", store.caption_ids(item.item_id)).tolist()

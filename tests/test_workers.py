@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import retriever.workers
-from retriever.data import Decoded, read_image
+from retriever.data import Decoded, Facts, read_image
 from retriever.encoders import open_picture
 from retriever.errors import PictureError, RetrieverError
 from retriever.preprocessing import INTERPOLATIONS, RESIZE_MODES, Preprocessing
@@ -91,7 +91,7 @@ def assert_same(one: Decoded, other: Decoded) -> None:
     assert one.image.mode == other.image.mode == "RGB"
     assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
     assert other.image.info == {}
-    for field in ("width", "height", "taken", "descriptions"):
+    for field in ("width", "height", "taken", "descriptions", "facts"):
         assert getattr(one, field) == getattr(other, field)
 
 
@@ -100,7 +100,8 @@ def test_a_picture_is_the_same_pixel_for_pixel_with_date_and_descriptions(
     workers: DecodeWorkers, tmp_path: Path, target: int | None
 ) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112], exif[0x0110] = 6, "Camera 1"
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 30.0, 0.0), 3: "W", 4: (2.0, 15.0, 0.0)})
     exif[0x9C9C] = "a café by the sea 🙂".encode("utf-16-le")
     exif.get_ifd(0x8769)[0x9003] = "2024:02:29 23:59:58"
     noise = np.random.default_rng(0).integers(0, 256, (300, 410, 3), dtype=np.uint8)
@@ -111,6 +112,11 @@ def test_a_picture_is_the_same_pixel_for_pixel_with_date_and_descriptions(
     read = workers.read(tmp_path / "a.jpg", target=target)
     assert (read.width, read.height, str(read.taken)) == (300, 410, "2024-02-29 23:59:58")
     assert [one.text for one in read.descriptions] == ["a café by the sea 🙂"]
+    assert (read.facts.camera, read.facts.latitude, read.facts.longitude) == (
+        "Camera 1",
+        1.5,
+        -2.25,
+    )
 
 
 @pytest.mark.parametrize("resize", RESIZE_MODES)
@@ -472,7 +478,10 @@ def answer(header: object, pixels: bytes = b"") -> bytes:
     return struct.pack("<I", len(data)) + data + pixels
 
 
-WHOLE = {"size": [1, 2], "width": 3, "height": 4, "taken": None, "descriptions": [["a", "exif"]]}
+WHOLE = {
+    **{"size": [1, 2], "width": 3, "height": 4, "taken": None, "descriptions": [["a", "exif"]]},
+    "facts": ["NIKON D90", -12.5, 13, 5],
+}
 
 
 def test_an_answer_as_it_should_be_is_a_picture() -> None:
@@ -480,6 +489,7 @@ def test_an_answer_as_it_should_be_is_a_picture() -> None:
     assert isinstance(read, Decoded)
     assert read.image.tobytes() == b"abcdef"
     assert (read.width, read.height, read.descriptions[0].text) == (3, 4, "a")
+    assert read.facts == Facts("NIKON D90", -12.5, 13.0, 5)
 
 
 @pytest.mark.parametrize(
@@ -497,6 +507,10 @@ def test_an_answer_as_it_should_be_is_a_picture() -> None:
         answer({**WHOLE, "size": "12"}, b"abc"),
         answer({**WHOLE, "taken": "yesterday"}, b"abcdef"),
         answer({**WHOLE, "descriptions": [["a"]]}, b"abcdef"),
+        answer({**WHOLE, "facts": [None, None, None]}, b"abcdef"),
+        answer({**WHOLE, "facts": [None, 91, 0, 0]}, b"abcdef"),
+        answer({**WHOLE, "facts": [None, None, None, 2**63]}, b"abcdef"),
+        answer({**WHOLE, "facts": [None, None, None, "x"]}, b"abcdef"),
         struct.pack("<I", 200_000) + b"[" * 200_000,
     ],
 )
