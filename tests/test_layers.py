@@ -36,7 +36,7 @@ LAYERS = [
         *("retriever.duplicates", "retriever.channels"),
         *("retriever.objectives", "retriever.settings"),
     },
-    {"retriever.cleaning", "retriever.phrases", "retriever.preprocessing"},
+    {"retriever.cleaning", "retriever.phrases", "retriever.preprocessing", "retriever.where"},
     {"retriever", "retriever.errors", "retriever.mini"},
     {"indexes.store"},
     {"indexes.care"},
@@ -82,6 +82,7 @@ HOMES = {
     "pyarrow": {"retriever.clip_retrieval"},
     "watchfiles": {"retriever.watch"},
     "rapidfuzz": {"indexes.words"},
+    "lark": {"retriever.where"},
     "click": {"cli", "retriever.terminal", "retriever.upkeep"},
 }
 
