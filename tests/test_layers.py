@@ -27,8 +27,12 @@ LAYERS = [
         *("retriever.checks", "retriever.ingest", "retriever.portable"),
         *("retriever.search", "retriever.samples", "retriever.fitting"),
     },
+    {"retriever.composing"},
     {"retriever.encoders", "retriever.openclip"},
-    {"retriever.engines", "retriever.openclip_towers", "retriever.replicas", "retriever.workers"},
+    {
+        *("retriever.asking", "retriever.engines", "retriever.openclip_towers"),
+        *("retriever.replicas", "retriever.workers"),
+    },
     {"retriever.checkpoints", "retriever.data", "retriever.models"},
     {"retriever.decoding", "retriever.descriptions", "retriever.towers"},
     {
