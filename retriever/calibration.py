@@ -46,7 +46,10 @@ Scores = NDArray[np.float64]
 Rows = NDArray[np.float32]
 
 CUT = 0.5  # a best answer of less confidence is no good match
-SHOWN = 5  # pairs count as right first answers if the picture is among so many
+# Pairs count as right first answers if the picture is among so many. With fewer, more queries are
+# told that nothing matches: of Flickr8k's own captions, asked of pictures alone, 9.5 % with 1, 5.6 %
+# with 3 and 2.6 % with 10; of captions of clothes in shops 66, 52 and 38 %.
+SHOWN = 3
 TAIL = 0.05  # what a scale without right answers takes for rare
 LEAST_PAIRS = 30  # below, a curve would be drawn through chance
 TYPICAL = 0.05  # see `unrelated`
