@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Positions = NDArray[np.int64]
 Rows = NDArray[np.float32]
 
-MAX_BITS = 10  # of 64 in which the hashes of near-duplicates differ
-MIN_COSINE = 0.9  # of their embeddings
+MAX_BITS = 11  # of 64 in which the hashes of near-duplicates differ
+MIN_COSINE = 0.93  # of their embeddings
 BITS = 64
 # Two hashes with at most MAX_BITS differences have a quarter in which at most this many differ.
 BANDS = 4
@@ -36,7 +36,6 @@ BAND_ERRORS = MAX_BITS // BANDS
 FEW = 512  # pictures that are compared each with each: sooner done than sorted into buckets
 BLOCK = 512  # pictures whose neighbours are looked up at once
 MAX_PAIRS = 1 << 20  # compared at once
-MAX_ROWS = 1 << 13  # of embeddings, on each side, multiplied at once
 ITEM_CHUNK = 4096  # rows of the catalogue read at a time
 
 
@@ -102,13 +101,17 @@ def find(
                     known.append((-pixels, -item.size, item.item_id, item.content_hash, hash_))
         known.sort(key=lambda one: one[:3])
 
+        vectors = np.zeros((len(known), store.model.dim), np.float16)  # filled as they are needed
+        is_read = np.zeros(len(known), dtype=bool)
+
         def embeddings(positions: Positions) -> Rows:
-            found = rows.embeddings("image", [known[at][2] for at in positions.tolist()])
-            vectors = np.zeros((len(positions), store.model.dim), np.float32)
-            for row, at in enumerate(positions.tolist()):
+            fresh = positions[~is_read[positions]].tolist()
+            found = rows.embeddings("image", [known[at][2] for at in fresh])
+            for at in fresh:
                 if known[at][2] in found:  # else this model has not seen it yet
-                    vectors[row] = found[known[at][2]]
-            return vectors
+                    vectors[at] = found[known[at][2]]
+            is_read[positions] = True
+            return vectors[positions].astype(np.float32)
 
         contents, hashes = [one[3] for one in known], [one[4] for one in known]
         if copies:
@@ -184,35 +187,28 @@ def _leaders(
         places = np.arange(start, min(start + BLOCK, len(comparable)))
         places = places[leaders[comparable[places]] == comparable[places]]
         for ones, others in lookup.near(places):
-            ones, others = comparable[ones], comparable[others]
-            free = (leaders[ones] == ones) & (leaders[others] == others)
-            ones, others = _similar(ones[free], others[free], embeddings)
-            for one, other in zip(ones.tolist(), others.tolist(), strict=True):
-                if leaders[one] == one and leaders[other] == other:
-                    leaders[other] = one
+            for one, near in _runs(ones, others):
+                leader, free = comparable[one], comparable[near]
+                free = free[leaders[free] == free]
+                if leaders[leader] == leader and len(free):
+                    rows = embeddings(np.append(leader, free))
+                    leaders[free[rows[1:] @ rows[0] >= MIN_COSINE]] = leader
         if progress:
             progress(min(start + BLOCK, len(comparable)), len(comparable))
     return leaders[originals]
 
 
-def _groups(leaders: Positions) -> Iterator[Positions]:
+def _groups(leaders: Positions) -> list[Positions]:
     """The positions that share a leader, which comes first, in the order of the leaders."""
     order = np.argsort(leaders, kind="stable")
-    starts = np.flatnonzero(np.diff(leaders[order], prepend=-1))
-    return iter(np.split(order, starts[1:])) if len(order) else iter(())
+    return [group for _, group in _runs(leaders[order], order)]
 
 
-def _similar(
-    ones: Positions, others: Positions, embeddings: Callable[[Positions], Rows]
-) -> tuple[Positions, Positions]:
-    """Those pairs whose embeddings are nearly one."""
-    kept = np.zeros(len(ones), dtype=bool)
-    for start in range(0, len(ones), MAX_ROWS):
-        part = slice(start, start + MAX_ROWS)
-        wanted, where = np.unique([ones[part], others[part]], return_inverse=True)
-        left, right = embeddings(wanted)[where.reshape(2, -1)]
-        kept[part] = np.einsum("nd,nd->n", left, right) >= MIN_COSINE
-    return ones[kept], others[kept]
+def _runs(keys: Positions, values: Positions) -> Iterator[tuple[int, Positions]]:
+    """Each of the keys, which are ascending, with its values."""
+    starts = np.flatnonzero(np.diff(keys, prepend=-1)).tolist()
+    for start, end in pairwise([*starts, len(keys)]):
+        yield int(keys[start]), values[start:end]
 
 
 class _Lookup:
@@ -261,7 +257,8 @@ class _Lookup:
         parts = [self._in_band(places, *bucket) for bucket in self._buckets]
         ones, others = (np.concatenate(side) for side in zip(*parts, strict=True))
         ones, others = self._checked(ones, others)
-        pairs = np.unique(ones * len(self._hashes) + others)
+        pairs = np.sort(ones * len(self._hashes) + others)
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # found in several bands
         yield pairs // len(self._hashes), pairs % len(self._hashes)
 
     def _in_band(

@@ -32,6 +32,7 @@ from retriever.terminal import (
 )
 
 if TYPE_CHECKING:
+    from retriever.duplicates import Member
     from retriever.exchange import ImportReport
     from retriever.ingest import IndexReport
 
@@ -43,7 +44,7 @@ def add_to(main: click.Group) -> None:
     """Adds these commands to the program."""
     for command in (
         *(remove, roots, watch, verify, repair, compact, optimize, backup),
-        *(export, import_, merge),
+        *(duplicates, export, import_, merge),
     ):
         main.add_command(command)
 
@@ -358,6 +359,64 @@ def backup(destination: Path, library_path: Path) -> None:
         if_interrupted(f"{shown(destination)} was not made.")
         library.backup(destination)
     click.echo(f"{shown(library.path)} is copied to {shown(destination)}")
+
+
+@click.command()
+@click.option("--copies", is_flag=True, help="Only files with the same contents.")
+@model_option(None, "One of the library's models.", show_default="its default one")
+@library_option
+@json_option
+def duplicates(copies: bool, model: str | None, library_path: Path, as_json: bool) -> None:
+    """List pictures that are there several times; nothing is deleted.
+
+    Besides copies these are pictures saved anew, in another size or format, or slightly cropped.
+    The largest of each group comes first, then the others with how much they resemble it: the
+    cosine of their embeddings.
+
+    \b
+    Examples:
+      retriever duplicates
+      retriever duplicates --copies --json
+    """
+    with (
+        open_library(library_path, model=model) as library,
+        Progress("Comparing", "pictures") as progress,
+    ):
+        found = library.duplicates(copies=copies, progress=progress)
+    for number, group in enumerate(found.groups, start=1):
+        if as_json:
+            print_json({"group": number, "pictures": [_member(one) for one in group]})
+            continue
+        click.echo(f"Group {number}")
+        for place, one in enumerate(group):
+            how = "copy" if one.is_copy else f"{one.similarity:.3f}"
+            size = f"{one.item.width} x {one.item.height}"
+            told = f"{how if place else '':>7}  {size:>13}  {one.item.size / 1e6:>8,.2f} MB"
+            click.echo(f"{told}  {shown(one.item.path)}")
+    if not as_json:
+        click.echo(
+            f"{found.spare:,} pictures are there besides the first of {len(found.groups):,} groups,"
+            f" {found.spare_bytes / 1e6:,.1f} MB; nothing was deleted"
+            if found.groups
+            else f"No duplicates in {shown(library.path)}"
+        )
+    if found.unhashed:
+        warn(
+            f"{found.unhashed:,} pictures were indexed by an older version, and only their copies"
+            " were found: `retriever index` reads what is missing"
+        )
+
+
+def _member(one: "Member") -> dict[str, object]:
+    return {
+        "path": str(one.item.path),
+        "id": one.item.item_id,
+        "width": one.item.width,
+        "height": one.item.height,
+        "size_bytes": one.item.size,
+        "similarity": round(one.similarity, 6),
+        "is_copy": one.is_copy,
+    }
 
 
 # ── ways in and out ──────────────────────────────────────────────────────────────────────────────

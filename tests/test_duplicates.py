@@ -1,16 +1,23 @@
 """Near-duplicates: what is put together, what is not, and the quick way beside the plain one."""
 
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import paint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
+from test_cli import lines, run
 
-from indexes.records import ItemRow
+from indexes.records import ItemRow, ItemWrite, ModelSpec
+from indexes.store import Store
 from retriever import duplicates
-from retriever.duplicates import BITS, MAX_BITS, MIN_COSINE, collapse, differing
+from retriever.duplicates import BITS, MAX_BITS, MIN_COSINE, collapse, differing, find
 
 EAST, NORTH = np.eye(2, dtype=np.float32)
 NEAR_EAST = np.array([0.999, np.sqrt(1 - 0.999**2)], np.float32)
@@ -142,15 +149,156 @@ def test_buckets_find_the_groups_that_comparing_each_with_each_finds(
         patch.setattr(duplicates, "BLOCK", block)
         assert collapse(items, rows) == expected
         patch.setattr(duplicates, "MAX_PAIRS", 1)
-        patch.setattr(duplicates, "MAX_ROWS", 3)
         assert collapse(items, rows) == expected
 
 
-def test_thousands_of_pictures_with_one_hash_are_told_apart_by_their_embeddings() -> None:
-    n = 3000
+def test_many_pictures_with_one_hash_are_told_apart_by_their_embeddings() -> None:
+    n = 1200
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(n, 32)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     rows[1::2] = rows[::2]
     items = [item(at, at.to_bytes(2), 0) for at in range(n)]
     assert collapse(items, rows) == [[at, at + 1] for at in range(0, n, 2)]
+
+
+# ── of a library ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.create(tmp_path / "photos.lib", ModelSpec("toy", 2, "toy-1")) as made:
+        yield made
+
+
+def write(
+    file: str, row: np.ndarray, content: bytes, hash_: int | None, side: int = 10
+) -> ItemWrite:
+    return ItemWrite(
+        file, 10 * side, 1, content, side, side, image_embedding=row, perceptual_hash=hash_
+    )
+
+
+def fill(store: Store, *writes: ItemWrite) -> None:
+    with store.writer() as writer:
+        writer.write(writer.add_root(Path("/photos").absolute()), list(writes))
+        writer.finish()
+
+
+def files(store: Store, **options: bool) -> list[list[str]]:
+    return [[one.item.file for one in group] for group in find(store, **options).groups]
+
+
+def test_the_largest_of_a_group_comes_first_then_what_resembles_it_most(store: Store) -> None:
+    fill(
+        store,
+        write("other.png", NORTH, b"o", 0),
+        write("small.png", NEAR_EAST, b"s", 0),
+        write("large.png", EAST, b"l", 1, side=40),
+        write("tiny.png", EAST, b"t", 3, side=5),
+        write("tiny again.png", EAST, b"t", 3, side=5),
+    )
+    found = find(store)
+    assert files(store) == [["large.png", "tiny.png", "tiny again.png", "small.png"]]
+    (group,) = found.groups
+    assert [one.similarity for one in group] == pytest.approx([1, 1, 1, 0.999], abs=1e-3)
+    assert not any(one.is_copy for one in group[1:])
+    assert (found.spare, found.spare_bytes, found.unhashed) == (3, 200, 0)
+
+
+def test_copies_are_called_so_and_can_be_asked_for_alone(store: Store) -> None:
+    fill(
+        store,
+        write("b.png", EAST, b"same", None),
+        write("a.png", EAST, b"same", None),
+        write("c.png", EAST, b"other", None),
+    )
+    found = find(store)
+    assert files(store) == files(store, copies=True) == [["b.png", "a.png"]]
+    assert [one.is_copy for one in found.groups[0]] == [True, True]
+    assert found.unhashed == 3
+    assert find(store, copies=True).unhashed == 0
+
+
+def test_pictures_that_failed_or_were_not_embedded_by_this_model_are_no_near_duplicates(
+    store: Store,
+) -> None:
+    fill(
+        store,
+        write("a.png", EAST, b"a", 0),
+        replace(write("bad.png", EAST, b"b", 0), image_embedding=None, failure="it is cut off"),
+    )
+    other = ModelSpec("other", 2, "other-1")
+    with Store.open(store.path, other, add_model=True) as same:
+        fill(same, write("c.png", EAST, b"c", 0))
+        assert files(same) == []
+    assert files(store) == []
+
+
+def test_progress_tells_how_many_pictures_were_compared(store: Store) -> None:
+    fill(store, write("a.png", EAST, b"a", 0), write("b.png", NORTH, b"b", -1))
+    told: list[tuple[int, int]] = []
+    find(store, progress=lambda *at: told.append(at))
+    assert told == [(2, 2)]
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of one photograph in three sizes and formats, a copy, and another photograph."""
+    folder = tmp_path_factory.mktemp("photos")
+    for name, seed in (("street", 0), ("beach", 1)):
+        colours = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(colours).resize((192, 128), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{name}.png")
+        if name == "street":
+            picture.save(folder / "street.jpg", quality=80)
+            picture.resize((96, 64)).save(folder / "street small.jpg")
+            shutil.copy(folder / "street.png", folder / "street copy.png")
+    path = folder.with_suffix(".lib")
+    assert run("index", folder, library=path).exit_code == 0
+    return path
+
+
+def test_duplicates_lists_groups_and_leaves_every_file_where_it_is(library: Path) -> None:
+    result = run("duplicates", library=library)
+    assert result.exit_code == 0, result.output
+    first, *rest = result.stdout.splitlines()
+    assert first == "Group 1"
+    assert [line.split("/")[-1] for line in rest[:-1]] == [
+        "street copy.png",
+        "street.png",
+        "street.jpg",
+        "street small.jpg",
+    ]
+    assert "192 x 128" in rest[0]
+    assert "   copy  " in rest[1]
+    assert "3 pictures are there besides the first of 1 groups" in rest[-1]
+    assert "nothing was deleted" in rest[-1]
+    assert len(list(library.with_suffix("").iterdir())) == 5
+
+
+def test_duplicates_as_json_has_a_line_for_each_group(library: Path) -> None:
+    (record,) = lines(run("duplicates", "--json", library=library))
+    assert record["group"] == 1
+    first, copy, *near = record["pictures"]
+    assert set(first) == {
+        *("path", "id", "width", "height", "size_bytes", "similarity", "is_copy"),
+    }
+    assert (first["width"], first["height"]) == (192, 128)
+    assert (copy["is_copy"], copy["similarity"]) == (True, 1.0)
+    assert [one["is_copy"] for one in near] == [False, False]
+    assert all(MIN_COSINE <= one["similarity"] <= 1 for one in near)
+    (copies,) = lines(run("duplicates", "--copies", "--json", library=library))
+    assert len(copies["pictures"]) == 2
+
+
+def test_duplicates_of_a_library_without_any_says_so(tmp_path: Path) -> None:
+    paint(tmp_path / "p/red.png", "red")
+    path = tmp_path / "one.lib"
+    assert run("index", tmp_path / "p", library=path).exit_code == 0
+    result = run("duplicates", library=path)
+    assert result.stdout.startswith("No duplicates in ")
+    assert lines(run("duplicates", "--json", library=path)) == []
