@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from retriever.calibration import Calibration
+    from retriever.channels import Channel as Name
     from retriever.channels import Channels, Fusion, Mode
     from retriever.encoders import Encoder
     from retriever.search import Hit, Query
@@ -52,7 +53,7 @@ LEAST_PEAK = 0.02
 class Channel:
     """What one channel gave to a hit: its score, its weight, and its share of their sum, 0 to 1."""
 
-    name: str
+    name: Name
     score: float
     weight: float
     share: float
@@ -122,7 +123,7 @@ class Explanation:
         return told
 
 
-def shares(scores: Mapping[str, float], weights: Mapping[str, float]) -> tuple[Channel, ...]:
+def shares(scores: Mapping[Name, float], weights: Mapping[Name, float]) -> tuple[Channel, ...]:
     """The channels that have a weight, in the order of the weights.
 
     A share is of the sum of what speaks for the picture; what speaks against it has none.
@@ -199,7 +200,7 @@ def explain(
     ]
 
 
-def _scores(channels: Channels, ids: Ids) -> tuple[Ids, Mapping[str, Scores]]:
+def _scores(channels: Channels, ids: Ids) -> tuple[Ids, Mapping[Name, Scores]]:
     """Which of the ids are still there, and what each channel gives to those."""
     if channels.row is not None:
         return channels.scores(ids)
@@ -207,12 +208,12 @@ def _scores(channels: Channels, ids: Ids) -> tuple[Ids, Mapping[str, Scores]]:
         return ids, {"words": rows.word_scores(channels.text, ids)}
 
 
-def _total(scores: Mapping[str, Scores], mode: Mode, fusion: Fusion) -> NDArray[np.float64]:
+def _total(scores: Mapping[Name, Scores], mode: Mode, fusion: Fusion) -> NDArray[np.float64]:
     total = fusion.fuse(scores) if mode == "hybrid" else scores[mode]
     return np.nan_to_num(total.astype(np.float64))
 
 
-def _weights(own: Mapping[str, float], mode: Mode, fusion: Fusion) -> Mapping[str, float]:
+def _weights(own: Mapping[Name, float], mode: Mode, fusion: Fusion) -> Mapping[Name, float]:
     if mode != "hybrid":
         return {mode: 1.0}
     if math.isnan(own["caption"]):
@@ -270,9 +271,9 @@ def heat_map(encoder: Encoder, picture: Image.Image, query: str | Rows) -> Rows:
             covered.append(one)
     base, *scores = (encoder.encode_images(covered) @ row).tolist()
     falls = np.zeros((CELLS, CELLS), dtype=np.float32)
-    patches = ((down, right) for down in reaches for right in reaches)
-    for (down, right), score in zip(patches, scores, strict=True):
-        falls[slice(*down), slice(*right)] += base - score
+    patches = ((vertical, horizontal) for vertical in reaches for horizontal in reaches)
+    for ((top, bottom), (left, right)), score in zip(patches, scores, strict=True):
+        falls[top:bottom, left:right] += base - score
     cells = Image.fromarray(falls / SPAN**2)
     return np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
 
