@@ -21,10 +21,11 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import COLOURS, ToyEncoder, paint
 from defusedxml import ElementTree
 from PIL import Image
 
-from retriever import metrics
+from retriever import calibration, metrics
 from retriever.machine import cores
 from retriever.preprocessing import Preprocessing
 
@@ -345,6 +346,115 @@ def test_ranks_and_paired_differences_worked_by_hand() -> None:
 def test_recall_without_the_data_is_no_failure(tmp_path: Path) -> None:
     done = run_script("recall", tmp_path / "nowhere")
     assert "skipped" in done.stderr
+
+
+@pytest.fixture
+def coloured(tmp_path: Path) -> Path:
+    """Pictures of one to three stripes, each with two captions that name their colours."""
+    from itertools import combinations
+
+    folder = tmp_path / "coloured"
+    folder.mkdir()
+    lines = []
+    for count in (1, 2, 3):
+        for names in combinations(sorted(COLOURS), count):
+            file = f"{'-'.join(names)}.png"
+            stripes = np.array([[COLOURS[name] for name in names]], np.uint8).repeat(8, axis=0)
+            Image.fromarray(stripes.repeat(8, axis=1)).save(folder / file)
+            captions = [f"stripes of {' and '.join(names)}", f"it is {', '.join(names)}"]
+            lines.append(json.dumps({"file": file, "captions": captions}))
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_answers(
+    tmp_path: Path, coloured: Path, monkeypatch: pytest.MonkeyPatch, toy_encoder: ToyEncoder
+) -> None:
+    import answers
+
+    some = calibration.background()[::8]
+    monkeypatch.setattr(calibration, "background", lambda: some)
+    monkeypatch.setattr(answers, "load_encoder", lambda *_, **__: toy_encoder)
+    foreign = tmp_path / "shop"
+    paint(foreign / "bolt.png", "white")
+    (foreign / "bolt.txt").write_text("a hexagonal bolt\nspare part 4471\n", encoding="utf-8")
+    options = ("--foreign", foreign, "--queries", 20, "--pictures", 10, "--resamples", 20)
+    options += ("--folder", tmp_path)
+    record = run_benchmark(
+        "answers", coloured, *options, folder=tmp_path / "out", plots=["channels", "cut-off"]
+    )
+    assert record["data"]["pictures"] == 63
+    assert record["data"]["captions"] == 63  # each has one left
+    assert record["data"]["queries"] == 63
+    numbers = record["numbers"]
+    for mode in ("image", "caption", "words", "hybrid"):
+        recalls = [numbers["channels"][f"{mode} t2i_r@{k}"]["value"] for k in (1, 5, 10)]
+        assert recalls == sorted(recalls)
+        assert 0 < recalls[-1] <= 100
+    # Several mixtures are one colour, but no two have the same names.
+    ratio = numbers["channels"]["hybrid to image t2i_r@1"]
+    assert ratio["value"] > 1
+    for of_mode in numbers["cut_off"].values():
+        # Neither a bolt nor nonsense is a colour.
+        assert of_mode["auc"]["value"] == 1
+        assert of_mode["auc shop"]["value"] == 1
+        assert of_mode["no match nonsense"]["value"] > 90
+        assert of_mode["no match own"]["value"] < 10
+        for found in of_mode.values():
+            assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    for one in numbers["calibration"].values():
+        assert one["pairs"] >= 30
+        assert one["error"]["value"] < 0.1
+        assert sum(weight for _, _, weight in one["bins"]) == pytest.approx(1)
+    assert set(numbers["pictures"]) == {"auc shop", "no match own", "no match shop"}
+    assert not list(tmp_path.glob("answers-*")), "the library is deleted"
+
+
+def test_what_was_asked_is_not_in_the_library(tmp_path: Path, coloured: Path) -> None:
+    import answers
+
+    from retriever.data import read_pairs
+
+    pairs, _ = read_pairs(coloured, embedded=False)
+    asked = answers._copy(pairs, tmp_path / "copy", seed=3)
+    kept, _ = read_pairs(tmp_path / "copy", embedded=False)
+    assert len(asked) == len(kept) == len(pairs)
+    for query, left, pair in zip(asked, kept, pairs, strict=True):
+        assert {query, *(one.text for one in left.captions)} == {one.text for one in pair.captions}
+        assert query not in {one.text for one in left.captions}
+
+
+def test_foreign_queries_are_the_same_for_the_same_seed() -> None:
+    import answers
+
+    assert answers.nonsense(30, 1) == answers.nonsense(30, 1) != answers.nonsense(30, 2)
+    assert all(1 <= len(text.split()) <= 6 for text in answers.nonsense(30, 1))
+
+
+def test_best_answers_with_and_without_the_own_picture() -> None:
+    import answers
+
+    from retriever.search import Answer, Hit
+
+    def found(*hits: tuple[int, float]) -> Answer:
+        return Answer(
+            tuple(
+                Hit(rank, score, Path(f"{place:06d}.jpg"), None, place)
+                for rank, (place, score) in enumerate(hits, start=1)
+            ),
+            "image",
+        )
+
+    several = [found((0, 0.9), (1, 0.5)), found((0, 0.8), (1, 0.7)), found((2, 0.4)), found()]
+    assert answers.best_of(several).tolist() == [0.9, 0.8, 0.4, answers.NONE]
+    assert answers.without_own(several).tolist() == [0.5, 0.8, answers.NONE, answers.NONE]
+    assert [answers._rank(answers.places_of(one), 1) for one in several] == [1, 1, 10, 10]
+
+
+def test_answers_without_the_data_is_no_failure(tmp_path: Path) -> None:
+    done = run_script("answers", tmp_path, "--foreign", tmp_path / "nowhere")
+    assert "skipped" in done.stderr
+    assert "nowhere" in done.stderr
 
 
 def test_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
