@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import COLOURS, ToyEncoder, paint
+from conftest import ToyEncoder, paint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +13,6 @@ from indexes.store import Store
 from retriever.calibration import (
     CUT,
     LEAST_PAIRS,
-    SHOWN,
     TAIL,
     Calibration,
     Curve,
@@ -70,46 +69,6 @@ def test_half_of_the_background_always_stays() -> None:
 def test_nothing_is_left_out_for_captions_of_one_picture() -> None:
     assert unrelated(_rows(0, 1), _rows(0, 1), np.array([7, 7])).all()
     assert unrelated(_rows(0, 1), np.empty((0, 2), np.float32), np.array([], np.int64)).all()
-
-
-# ── samples ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_pairs_count_where_fewer_than_shown_others_are_as_good() -> None:
-    held = np.full((3, 10), 0.1, dtype=np.float32)
-    held[0, 0] = 0.5  # the best
-    held[1, 1], held[1, 2:4] = 0.5, 0.6  # two are better
-    held[2, 2], held[2, 3:6] = 0.5, 0.6  # three are
-    sample = Sample.of(held, np.array([0, 1, 2]), np.full((2, 10), 0.3, np.float32), 10)
-    assert SHOWN == 3
-    assert sample.pairs.tolist() == [0.5, 0.5]
-    np.testing.assert_allclose(sample.background, 0.3)
-
-
-def test_pairs_without_a_score_do_not_count() -> None:
-    held = np.zeros((1, 10), dtype=np.float32)
-    held[0, 0] = np.nan
-    sample = Sample.of(held, np.array([0]), np.full((1, 10), np.nan), 10)
-    assert not len(sample.pairs)
-    assert sample.background.tolist() == [-1]
-
-
-def test_matrices_handed_in_stay_as_they_are() -> None:
-    held = np.random.default_rng(0).random((4, 10)).astype(np.float32)
-    before = held.copy()
-    Sample.of(held, np.arange(4), held, 10)
-    np.testing.assert_array_equal(held, before)
-
-
-def test_a_sample_tells_what_the_whole_library_would_answer() -> None:
-    """Normal scores: the best of 64,000 are told from 1,000 to a sixth of what they rise."""
-    rng = np.random.default_rng(0)
-    full = rng.normal(0.1, 0.1, (60, 64_000)).astype(np.float32)
-    part = full[:, :1000]
-    told = Sample.of(part, np.zeros(60, np.int64), part, 64_000).background.mean()
-    rise = full.max(axis=1).mean() - part.max(axis=1).mean()
-    assert rise > 0.08
-    assert abs(told - full.max(axis=1).mean()) < rise / 6
 
 
 # ── curves ───────────────────────────────────────────────────────────────────────────────────────
@@ -309,16 +268,3 @@ def test_nearest_others_are_not_the_pictures_themselves(colours: Store) -> None:
 
 def test_one_picture_has_no_nearest_other(fresh_store: Store) -> None:
     assert not len(nearest_others(fresh_store))
-
-
-def test_a_library_without_captions_tells_texts_that_find_something(colours: Store) -> None:
-    encoder = ToyEncoder()
-    # Texts that name no colour find nothing, and so does next to all of the background.
-    texts = [text for text in background() if not any(name in text for name in COLOURS)]
-    sample = Sample.of_pictures(colours, encoder.encode_texts(texts))
-    assert not len(sample.pairs)
-    assert sample.background.tolist() == [0] * len(texts)
-    calibration = Calibration(fit({"image": sample}))
-    found = calibration.confidence([1.0, 0.0], "image", "text")
-    assert found is not None
-    assert found[0] > CUT > found[1]
