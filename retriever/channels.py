@@ -35,8 +35,8 @@ Ids = NDArray[np.int64]
 Rows = NDArray[np.float32]
 Scores = NDArray[np.float32]
 
-# How deep the channels are gone down at first, and at most unless the answer must be exact. With
-# the first alone, 98 of 100 answers to captions of Flickr8k are those of comparing everything.
+# How deep the channels are gone down at first, and at most unless the answer must be exact. At the
+# first depth 19 of 20 answers to captions of Flickr8k are known to be those of looking everywhere.
 DEPTH = 100
 DEPTH_PER_RESULT = 5
 DEEPEST = 1600

@@ -41,6 +41,8 @@ Scores = NDArray[np.float32]
 
 # A library is fitted anew when so much of it is others than it was.
 OUTGROWN = 0.2
+# Fewer pictures are looked through at a glance: nothing is measured of them, and nobody waits.
+FEWEST_PICTURES = 10
 # Pictures and queries of a sample: a second's work. Half of the queries tell a recall to 4 points;
 # the weights of Flickr8k's 8,000 pictures are those of 2,000 to two digits.
 GALLERY, QUERIES = 2_000, 1_000
@@ -498,7 +500,7 @@ def is_due(store: Store) -> bool:
         pictures, captions = rows.vector_count("image"), rows.vector_count("caption")
         before = rows.fit()
         if before is None:
-            return pictures > 0
+            return pictures >= FEWEST_PICTURES
         fresh = rows.vector_count("image", after=before.change)
         told = rows.vector_count("caption", after=before.change)
     described = int(before.facts.get("captions", 0))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -309,6 +309,7 @@ class Library:
         image: str | Path | Image.Image | None = None,
         text_weight: float = 1.0,
         image_weight: float = 1.0,
+        without: str | Path | Sequence[str | Path] = (),
         where: str | Condition | None = None,
         mode: Mode | None = None,
         k: int = DEFAULT_K,
@@ -321,11 +322,13 @@ class Library:
         A query picture that is in the library comes first itself, with a score near 1.
 
         Args:
-            text: what the pictures should show. What stands in quotation marks must be among a
-                picture's words; those that have a name in it, like IMG_2041, come first.
+            text: what the pictures should show; it may have parts, as `retriever.asking` reads
+                them. What stands in quotation marks must be among a picture's words; those that
+                have a name in it, like IMG_2041, come first.
             image: a file, or a picture in memory.
             text_weight: how much the text counts if both are given; negative pushes away.
             image_weight: the same for the picture.
+            without: what the pictures must not show: texts, and picture files as paths.
             where: which pictures may be answers, as `retriever.where` reads it.
             mode: found by "image", "caption", "words" or all of them, "hybrid"; None is what was
                 measured to be best for texts in this library. See `retriever.channels`.
@@ -344,7 +347,7 @@ class Library:
             PictureError: `image` cannot be read.
         """
         return self.searcher.images(
-            _query(text, image, text_weight, image_weight),
+            _query(text, image, text_weight, image_weight, without),
             k,
             mode=mode,
             where=self._condition(where),
@@ -371,7 +374,7 @@ class Library:
             PictureError: `image` cannot be read.
         """
         return self.searcher.captions(
-            _query(None, image, 1.0, 1.0), k, where=self._condition(where), exact=exact
+            _query(image=image), k, where=self._condition(where), exact=exact
         )
 
     def _condition(self, where: str | Condition | None) -> Condition | None:
@@ -687,20 +690,28 @@ def _plain(path: str | Path) -> Path:
 
 
 def _query(
-    text: str | None,
-    image: str | Path | Image.Image | None,
-    text_weight: float,
-    image_weight: float,
+    text: str | None = None,
+    image: str | Path | Image.Image | None = None,
+    text_weight: float = 1.0,
+    image_weight: float = 1.0,
+    without: str | Path | Sequence[str | Path] = (),
 ) -> Query:
-    from retriever.asking import Query
+    from retriever.asking import Query, parse
 
     if isinstance(image, str):
         image = Path(image)
     if isinstance(image, Path):
         image = image.expanduser()
-    return Query(
-        texts=((text, text_weight),) if text is not None else (),
-        images=((image, image_weight),) if image is not None else (),
+    typed = parse(text) if text is not None else Query()
+    shunned = [without] if isinstance(without, str | Path) else without
+    return replace(
+        typed,
+        texts=tuple((part, weight * text_weight) for part, weight in typed.texts),
+        images=(
+            *((part, weight * text_weight) for part, weight in typed.images),
+            *(((image, image_weight),) if image is not None else ()),
+        ),
+        without=(*typed.without, *shunned),
     )
 
 

@@ -1,7 +1,8 @@
 """A query → ranked pictures, each with the caption that fits best, or ranked captions.
 
-Every part of a query, text or picture, is one unit row. The parts are added with their weights and
-the sum is made a unit row again, so that the scores shown are cosines whatever the query was.
+The query becomes one unit row (see `retriever.composing`), which is compared with pictures and
+captions, and its words are looked for (see `retriever.channels`). What cannot be an answer is never
+looked at, so that k answers come as long as there are k.
 """
 
 from __future__ import annotations
@@ -37,12 +38,11 @@ if TYPE_CHECKING:
     from indexes.filters import Condition
     from indexes.records import CaptionRow, Fit, ItemRow, Source, Term
     from indexes.store import Snapshot, Store
+    from retriever.composing import Composed
     from retriever.encoders import Encoder
 
 __all__ = ["Answer", "CaptionHit", "Hit", "Query", "Searcher"]
 
-# Parts that cancel each other out leave rounding noise of this order, which points nowhere.
-MIN_QUERY_LENGTH = 1e-4
 SHORTEST_NAME = 3  # letters and digits of a word that names something by a digit
 NEAR = 0.9  # of the words of two captions that say the same
 _MARKS = ".,;:!?()[]{}'’\"“”„«»「」"
@@ -118,34 +118,33 @@ class Searcher:
         self._store = store
         self._encoder = encoder
 
-    def embed(self, query: Query) -> Rows:
-        """The query as one unit row: (d,) float32.
+    def channels(self, query: Query, *, exact: bool = False) -> Channels:
+        """The query as each channel hears it.
 
         Raises:
             UsageError: nothing is asked, or the parts cancel each other out.
             PictureError: a query picture cannot be read.
         """
-        if not query.texts and not query.images:
-            raise UsageError("The query is empty: give a text, a picture or both")
-        if not all(math.isfinite(weight) for _, weight in (*query.texts, *query.images)):
-            raise UsageError("A weight must be a finite number")
-        for text, _ in query.texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as exc:
-                raise UsageError("The text is not UTF-8") from exc
-        encoder = self._encoder()
-        total = np.zeros(encoder.dim, dtype=np.float64)
-        if query.texts:
-            rows = encoder.encode_texts([unquoted(text) for text, _ in query.texts])
-            total += np.asarray([weight for _, weight in query.texts]) @ rows
-        if query.images:
-            rows = encoder.encode_images([image for image, _ in query.images])
-            total += np.asarray([weight for _, weight in query.images]) @ rows
-        length = np.linalg.norm(total)
-        if length < MIN_QUERY_LENGTH:
-            raise UsageError("The parts of the query cancel each other out: change the weights")
-        return (total / length).astype(np.float32)
+        with self._store.snapshot() as rows:
+            fit = rows.fit()
+        return self._channels(query, fit, self._composed(query, fit).row, exact=exact)
+
+    def calibration(self) -> Calibration | None:
+        """What turns scores into confidences in this library; None: it was not measured."""
+        with self._store.snapshot() as rows:
+            return _calibration(rows.fit())
+
+    def _composed(self, query: Query, fit: Fit | None) -> Composed:
+        from retriever.composing import compose
+
+        return compose(query, self._encoder(), fit.means if fit else None)
+
+    def _channels(
+        self, query: Query, fit: Fit | None, row: Rows | None, *, exact: bool
+    ) -> Channels:
+        text = " ".join(unquoted(text) for text, weight in query.texts if weight > 0)
+        fusion, _ = _fused(fit)
+        return Channels(self._store, row, text, source=query.source, exact=exact, fusion=fusion)
 
     def images(
         self,
@@ -185,23 +184,20 @@ class Searcher:
         """
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
-        asked = Asked.of(" ".join(text for text, weight in query.texts if weight > 0))
+        asked = Asked.of([text for text, weight in query.texts if weight > 0])
         with self._store.snapshot() as rows:
             fit = rows.fit()
             chosen = _chosen(rows, where, among, asked.phrases)
             groups = [*_named(rows, asked.names, chosen), (0, chosen)]
-        fusion, usual = _fused(fit)
-        mode = mode or (usual if query.source == "text" else "image")
-        _check_mode(mode, asked.text)
-        channels = Channels(
-            self._store,
-            self.embed(query) if mode != "words" else None,
-            asked.text,
-            source=query.source,
-            exact=exact,
-            fusion=fusion,
+        mode = mode or (_fused(fit)[1] if query.source == "text" else "image")
+        _check_mode(mode, query)
+        # What words alone find needs no encoder.
+        composed = self._composed(query, fit) if mode != "words" or query.without else None
+        row = composed.row if composed and mode != "words" else None
+        channels = self._channels(query, fit, row, exact=exact)
+        found = _Found(
+            self._store, k, _judge(fit, mode, query.source), composed, all, min_confidence
         )
-        found = _Found(self._store, k, _judge(fit, mode, query.source), all, min_confidence)
         terms: tuple[Term, ...] = ()
         for names, group in groups:
             ranked = replace(channels, among=group)
@@ -214,9 +210,8 @@ class Searcher:
                     if ranking.is_all or found.is_exhausted:
                         break
                     count *= 4
-        return Answer(
-            tuple(found.hits(channels)), mode, found.is_match, _notes(asked, terms, found)
-        )
+        notes = (*query.notes, *_notes(asked, terms, found))
+        return Answer(tuple(found.hits(channels)), mode, found.is_match, notes)
 
     def captions(
         self, query: Query, k: int = 10, *, where: Condition | None = None, exact: bool = False
@@ -238,11 +233,12 @@ class Searcher:
         """
         if k < 1:
             raise UsageError(f"k must be at least 1, not {k}")
-        row = self.embed(query)[None]
         among: list[int] | None = None
-        if where is not None:
-            with self._store.snapshot() as rows:
+        with self._store.snapshot() as rows:
+            fit = rows.fit()
+            if where is not None:
                 among = rows.caption_ids(rows.select(where))
+        row = self._composed(query, fit).row[None]
         absent: set[int] = set()
         wanted = k
         while True:
@@ -312,12 +308,14 @@ class _Found:
         store: Store,
         k: int,
         judge: Callable[[Scores], NDArray[np.float64] | None],
+        composed: Composed | None,
         keeps_all: bool,
         least: float | None,
     ) -> None:
         self._store = store
         self._k = k
         self._judge = judge
+        self._composed = composed
         self._keeps_all = keeps_all
         self._least = least
         self._seen: set[int] = set()
@@ -342,6 +340,9 @@ class _Found:
         with self._store.snapshot() as rows:
             items = rows.items(ids)
             vectors = {} if self._keeps_all else rows.embeddings("image", ids)
+            unwanted = np.zeros(len(ids), dtype=np.bool_)
+            if self._composed is not None and len(self._composed.away):
+                unwanted = self._composed.shown(rows, ids)
         if gone := set(ids) - items.keys():
             # Another process removed some since the search: ask again.
             self._absent = _not_again(self._absent, gone)
@@ -349,6 +350,8 @@ class _Found:
         self._seen.update(ids)
         judged = np.ones(len(fresh)) if is_certain else self._judge(ranking.scores[fresh])
         for place, (at, item_id) in enumerate(zip(fresh, ids, strict=True)):
+            if unwanted[place]:
+                continue
             confidence = None if judged is None else float(judged[place])
             if confidence is not None:
                 self.is_match = bool(self.is_match) or confidence >= CUT
@@ -416,28 +419,29 @@ class _Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a text asks for in so many words.
+    """What texts ask for in so many words.
 
-    text: without quotation marks. phrases: what stands between them. names: words that name
-    something, such as IMG_2041. is_literal: there is nothing else in the text.
+    phrases: what stands between quotation marks. names: words that name something, such as
+    IMG_2041. is_literal: there is nothing else in the texts.
     """
 
-    text: str
     phrases: tuple[str, ...]
     names: tuple[str, ...]
     is_literal: bool
 
     @classmethod
-    def of(cls, text: str) -> Asked:
-        """What is asked by a text as it was typed."""
-        spoken = phrases(text)
-        rest = text
-        for phrase in spoken:
-            rest = rest.replace(phrase, " ", 1)
-        others = [word for one in rest.split() if (word := one.strip(_MARKS))]
+    def of(cls, texts: Sequence[str]) -> Asked:
+        """What is asked by texts as they were typed."""
+        spoken, others = [], []
+        for text in texts:
+            rest = text
+            for phrase in phrases(text):
+                spoken.append(phrase)
+                rest = rest.replace(phrase, " ", 1)
+            others += [word for one in rest.split() if (word := one.strip(_MARKS))]
         names = tuple(dict.fromkeys(word for word in others if _is_name(word)))
         is_literal = bool(spoken or names) and all(map(_is_name, others))
-        return cls(unquoted(text), spoken, names, is_literal)
+        return cls(tuple(spoken), names, is_literal)
 
 
 def _is_name(word: str) -> bool:
@@ -452,12 +456,12 @@ def _chosen(
     phrases: Sequence[str],
 ) -> Ids | None:
     """Ascending ids of the pictures that may be answers; None: all."""
-    from indexes.filters import And, Words
-
-    parts = [Words(phrase, phrase=True) for phrase in phrases]
     chosen = None
-    if where is not None or parts:
-        chosen = rows.select(And((*([where] if where is not None else []), *parts)))
+    if where is not None or phrases:
+        from indexes.filters import And, Words
+
+        parts: list[Condition] = [Words(phrase, phrase=True) for phrase in phrases]
+        chosen = rows.select(And((*parts, *([where] if where is not None else []))))
     if among is not None:
         given = np.sort(np.fromiter(among, dtype=np.int64, count=len(among)))
         chosen = given if chosen is None else _both(chosen, given)
@@ -498,21 +502,25 @@ def _fused(fit: Fit | None) -> tuple[Fusion, Mode]:
         return FALLBACK, "image"
 
 
+def _calibration(fit: Fit | None) -> Calibration | None:
+    facts = fit.facts.get("calibration") if fit else None
+    return Calibration(facts) if facts else None
+
+
 def _judge(
     fit: Fit | None, mode: Mode, source: Source | None
 ) -> Callable[[Scores], NDArray[np.float64] | None]:
     """What gives each score of a mode its confidence."""
-    facts = fit.facts.get("calibration") if fit else None
-    if facts is None:
+    calibration = _calibration(fit)
+    if calibration is None:
         return lambda scores: None
-    calibration = Calibration(facts)
     return lambda scores: calibration.confidence(scores, mode, source)
 
 
-def _check_mode(mode: str, text: str) -> None:
+def _check_mode(mode: str, query: Query) -> None:
     if mode not in MODES:
         raise UsageError(f"there is no mode {mode!r}: choose one of {', '.join(MODES)}")
-    if mode in ("words", "hybrid") and not text.strip():
+    if mode in ("words", "hybrid") and not any(weight > 0 for _, weight in query.texts):
         raise UsageError(f"mode {mode} looks for words: give a text")
 
 
