@@ -250,7 +250,7 @@ def _is_sound(file: Path) -> bool:
         if catalogue.pending_migrations():
             catalogue.migrate()
         with catalogue.read() as rows:
-            return not rows.structure_problems()
+            return not rows.structure_problems() and rows.can_mend_words()
     except StoreDamagedError:
         return False
     finally:

@@ -882,6 +882,10 @@ class Snapshot:
         """What is wrong with the table of words, which can be made again."""
         return words.problems(self._connection)
 
+    def can_mend_words(self) -> bool:
+        """Whether that table can be made again in place."""
+        return words.can_replace(self._connection)
+
     def at_odds(self, kind: Kind, status: Status, present: bool) -> list[tuple[int, str]]:
         """Id and file of items with this status that have, or lack, embeddings of any model.
 
@@ -922,7 +926,6 @@ def _extras(rows: Iterable[tuple[int, str, str | None, float | None]]) -> dict[i
     gathered: dict[int, list[tuple[str, str | float]]] = {}
     for item_id, key, text, number in rows:
         value = number if text is None else sys.intern(text)
-        if value is None:
-            raise ValueError(f"item {item_id} has nothing under {key!r}")
-        gathered.setdefault(item_id, []).append((sys.intern(key), value))
+        if value is not None:  # else damaged; the next run writes it again
+            gathered.setdefault(item_id, []).append((sys.intern(key), value))
     return {item_id: in_order(pairs) for item_id, pairs in gathered.items()}

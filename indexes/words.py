@@ -185,6 +185,15 @@ def make(connection: sqlite3.Connection) -> None:
     put(connection, _expected(connection))
 
 
+def can_replace(connection: sqlite3.Connection) -> bool:
+    """Whether `make` can: a table that FTS5 cannot open, it cannot drop either."""
+    try:
+        connection.execute("SELECT rowid FROM words LIMIT 1")
+    except sqlite3.DatabaseError as error:
+        return "no such table" in str(error)
+    return True
+
+
 def optimize(connection: sqlite3.Connection) -> None:
     """Have as little to read for each word as can be."""
     connection.execute("INSERT INTO words (words) VALUES ('optimize')")

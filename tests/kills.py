@@ -3,7 +3,8 @@
     python tests/kills.py FOLDER --kills 25 --seed 0        one JSON object a line
 
 A child process lives the life of a small library: it indexes two folders, changes files, indexes
-again, builds approximate indexes, forgets a folder, rebuilds and compacts. It is killed with SIGKILL in one of two ways:
+again, builds approximate indexes, forgets a folder, rebuilds and compacts. It is killed with
+SIGKILL in one of two ways:
 
     clock   by its parent, after a time drawn uniformly from the length of an undisturbed life
     event   by itself, at an event drawn uniformly from those of one step of an undisturbed life:
@@ -53,6 +54,7 @@ from PIL import Image
 
 from indexes.care import repair
 from indexes.errors import StoreNotFoundError
+from indexes.filters import Words
 from indexes.store import ModelSpec, Store
 
 ROOT = Path(__file__).parents[1]
@@ -301,9 +303,9 @@ def live(stage: Path, trial: Path, journal: Journal) -> None:
         committed()
         journal.tell(step="optimize")
         # As if the library were large enough; the files are what those of a large one are.
-        with patch.multiple("indexes.approximate", EXACT_BYTES=0, LEAST_ROWS=LEAST_ROWS):
-            with store.writer() as writer:
-                writer.optimize()
+        as_large = patch.multiple("indexes.approximate", EXACT_BYTES=0, LEAST_ROWS=LEAST_ROWS)
+        with as_large, store.writer() as writer:
+            writer.optimize()
         committed()
         journal.tell(step="forget")
         [attic] = [root_id for root_id, path in store.roots() if path == trial / "attic"]
@@ -668,6 +670,11 @@ def _check_answers(store: Store) -> Iterator[Fault]:
                 brute = {owner: float(np.float32(row @ query)) for owner, row in stored.items()}
                 if scores != brute:
                     yield "wrong", f"{kind}s are not found as brute force finds them"
+        captions = connection.execute("SELECT item_id, text FROM captions").fetchall()
+    for word in QUERIES[0], "square":
+        having = {item_id for item_id, text in captions if word in text.lower().split()}
+        if {*store.select(Words(word, ("captions",)))} != having:
+            yield "wrong", f"pictures are not found by the word {word!r}"
 
 
 def _differences(row: Row | None, wanted: Row | None) -> str:

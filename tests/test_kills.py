@@ -72,6 +72,10 @@ def _sql(*statements: str) -> Callable[[Path], None]:
 
 
 ONE, OTHER = (f"(SELECT id FROM items WHERE file = CAST('plain/0{n}.png' AS BLOB))" for n in "12")
+ADD = (
+    "INSERT INTO items (id, root_id, file, size, mtime_ns, content_hash, width, height, taken,"
+    " status, reason) SELECT 999"
+)
 ADDED = "size, mtime_ns, NULL, width, height, taken, 'failed', 'no' FROM items WHERE id = " + ONE
 LOSE_VECTOR = f"DELETE FROM image_embeddings WHERE owner_id = {ONE}"
 SWAP_VECTOR = (
@@ -91,13 +95,13 @@ SABOTAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "an emptied table": ("lost", _sql(CASCADE, "DELETE FROM items")),
     "a row too many": (
         "wrong",
-        _sql(f"INSERT INTO items SELECT 999, root_id, CAST('no.png' AS BLOB), {ADDED}"),
+        _sql(f"{ADD}, root_id, CAST('no.png' AS BLOB), {ADDED}"),
     ),
     "a file that has two items": (
         "twice",
         _sql(
             "INSERT INTO roots (id, path) SELECT 99, CAST(path || '/plain' AS BLOB) FROM roots",
-            f"INSERT INTO items SELECT 999, 99, CAST('01.png' AS BLOB), {ADDED}",
+            f"{ADD}, 99, CAST('01.png' AS BLOB), {ADDED}",
         ),
     ),
     "another picture's vector": ("wrong", _sql(SWAP_VECTOR, NO_FILES)),
@@ -146,6 +150,13 @@ def test_the_harness_notices(trial: Path, lived: tuple[Path, Undisturbed], what:
         SWAP_VECTOR,
         "UPDATE store_info SET generation = 0",
         "DROP TABLE caption_embeddings",
+        f"DELETE FROM words WHERE rowid = {ONE}",
+        f"UPDATE words SET captions = 'another' WHERE rowid = {ONE}",
+        "INSERT INTO words (rowid, name) VALUES (999, 'nobody')",
+        "DROP TABLE words",
+        "DROP TABLE words_terms",
+        "DELETE FROM words_data WHERE id > 10",
+        "DELETE FROM words_config",
     ],
 )
 def test_what_repair_brings_back_is_counted_and_is_no_fault(
