@@ -1,0 +1,424 @@
+"""Words in memory, where each score can be worked out, and in a store that changes."""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from indexes import words
+from indexes.errors import StoreError
+from indexes.records import CaptionRow, Fit, ItemWrite, Term
+from indexes.snapshot import our_error
+from indexes.store import ModelSpec, Store
+
+MODEL = ModelSpec("toy", 4, "toy-fingerprint")
+RED = np.array([1, 0, 0, 0], dtype=np.float32)
+
+
+@pytest.fixture
+def memory() -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        words.create(connection)
+        yield connection
+
+
+def put(connection: sqlite3.Connection, *captions: str) -> None:
+    """Items 1, 2, …, each with one caption and no name."""
+    words.put(connection, [words.row(n, [text]) for n, text in enumerate(captions, 1)])
+
+
+def found(connection: sqlite3.Connection, text: str, limit: int = 10) -> list[int]:
+    return words.search(connection, text, limit).ids.tolist()
+
+
+# ── What words are ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "is_found"),
+    [
+        ("Two dogs run", "dog running", True),
+        ("un carré vert", "carre", True),
+        ("ＷＩＤＥ ﬁsh", "wide fish", True),
+        ("白い犬が走る", "犬", True),
+        ("白い犬が走る", "白い犬", True),
+        ("白い犬が走る", "犬と白", False),
+        ("東京タワーの夜景", "東京タワー", True),
+        ("東京タワーの夜景", "京東", False),
+        ("하얀 강아지", "강아지", True),
+        ("一只狗在海滩上奔跑", "海滩", True),
+        ("𠮷野家", "𠮷野", True),
+        ("see IMG_2041 for more", "IMG_2041", True),
+        ("see IMG_2041 for more", "2041", True),
+        ("the iPhone", "phone", False),
+        ("don't", "dont", False),
+        ("50% off", "50", True),
+        ("👍🏽 !?", "👍", False),
+    ],
+)
+def test_a_caption_is_found_by_its_words(
+    memory: sqlite3.Connection, text: str, query: str, is_found: bool
+) -> None:
+    put(memory, text, "something else")
+    assert found(memory, query) == [1] * is_found
+
+
+@pytest.mark.parametrize(
+    ("file", "query"),
+    [
+        ("IMG_2041.jpg", "IMG_2041"),
+        ("IMG_2041.jpg", "img2041"),
+        ("IMG_2041.jpg", "2041 img"),
+        ("DogOnBeach.png", "dog"),
+        ("DogOnBeach.png", "dogonbeach"),
+        ("HTMLPage7.png", "html page"),
+        ("holiday2024.jpg", "2024"),
+        ("holiday2024.jpg", "holiday2024.jpg"),
+        ("Urlaub_Spanien/Málaga-03/x.jpg", "spanien malaga"),
+        ("写真/東京駅2.jpg", "東京駅"),
+        ("a\udcff/b\udcffc.jpg", "b c"),
+        ("_DSC0001.NEF", "dsc0001 nef"),
+    ],
+)
+def test_a_name_is_found_whole_and_by_its_parts(
+    memory: sqlite3.Connection, file: str, query: str
+) -> None:
+    words.put(memory, [words.row(1, [], file), words.row(2, ["other"], "zz.zzz")])
+    assert found(memory, query) == [1]
+    asks = words.expression(query)
+    assert memory.execute("SELECT rowid FROM words WHERE words MATCH ?", (asks,)).fetchall() == [
+        (1,)
+    ]
+
+
+def test_a_phrase_stands_in_one_caption_in_its_order(memory: sqlite3.Connection) -> None:
+    words.put(
+        memory,
+        [
+            words.row(1, ["a red car stops", "main street"]),
+            words.row(2, ["a car", "red main", "street"]),
+            words.row(3, ["the car is red"]),
+            words.row(4, ["白い犬 on main street"], "RedCar.jpg"),
+        ],
+    )
+
+    def phrase(text: str) -> list[int]:
+        asks = words.expression(text, phrase=True)
+        rows = memory.execute("SELECT rowid FROM words WHERE words MATCH ? ORDER BY 1", (asks,))
+        return [item_id for (item_id,) in rows]
+
+    assert phrase("Main Street") == [1, 4]
+    assert phrase("red car") == [1, 4]
+    assert phrase("白い犬 on") == [4]
+    assert phrase("い犬") == [4]
+    assert phrase("car red") == []
+    assert words.expression("!? ...", phrase=True) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=30))
+def test_any_text_can_be_kept_and_asked(text: str) -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        words.create(connection)
+        words.put(connection, [words.row(1, [text], text.replace("\0", ""), text)])
+        answer = words.search(connection, text, 5)
+        assert set(answer.ids.tolist()) <= {1}
+        assert ((answer.scores > 0) & (answer.scores <= 1)).all()
+
+
+LETTERS = "あ亜漢字カナ한글ab1_ ー々"
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(LETTERS, min_size=1, max_size=12), start=st.integers(0, 11), data=st.data())
+def test_any_part_of_a_run_without_spaces_is_found(
+    text: str, start: int, data: st.DataObject
+) -> None:
+    runs = words._UNMARKED.findall(text)
+    if not runs:
+        return
+    run = runs[start % len(runs)]
+    begin = data.draw(st.integers(0, len(run) - 1))
+    part = run[begin : data.draw(st.integers(begin + 1, len(run)))]
+    with closing(sqlite3.connect(":memory:")) as connection:
+        words.create(connection)
+        put(connection, text)
+        for asks in (words.expression(part), words.expression(part, phrase=True)):
+            query = "SELECT count(*) FROM words WHERE words MATCH ?"
+            assert connection.execute(query, (asks,)).fetchone() == (1,)
+
+
+# ── Scores ───────────────────────────────────────────────────────────────────────────────────────
+
+VOCABULARY = ("red", "blue", "cat", "sun", "sea", "map")
+
+
+def bm25(texts: Sequence[Sequence[str]], query: Sequence[str]) -> list[float]:
+    """The score of each text as the module's docstring defines it."""
+    average = sum(map(len, texts)) / len(texts)
+    scores, most = [0.0] * len(texts), 0.0
+    for word in dict.fromkeys(query):
+        count = sum(word in text for text in texts)
+        idf = max(math.log((len(texts) - count + 0.5) / (count + 0.5)), 1e-6)
+        most += idf * 2.2
+        for number, text in enumerate(texts):
+            times = Counter(text)[word]
+            scores[number] += (
+                idf * times * 2.2 / (times + 1.2 * (0.25 + 0.75 * len(text) / average))
+            )
+    return [score / most for score in scores]
+
+
+WORD_LISTS = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    texts=st.lists(WORD_LISTS, min_size=1, max_size=12), query=WORD_LISTS, limit=st.integers(1, 9)
+)
+def test_scores_are_shares_of_the_best_that_a_query_could_reach(
+    texts: list[list[str]], query: list[str], limit: int
+) -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        words.create(connection)
+        put(connection, *(" ".join(text) for text in texts))
+        # Three letters are too few to be taken for a misspelling.
+        answer = words.search(connection, " ".join(query), limit)
+        expected = bm25(texts, query)
+        ids = list(range(1, len(texts) + 1))
+        np.testing.assert_allclose(
+            words.scores(connection, " ".join(query), ids), expected, rtol=1e-5, atol=1e-9
+        )
+        ranked = sorted(
+            (-np.float32(score), n) for n, score in zip(ids, expected, strict=True) if score
+        )
+        assert len(answer.ids) == min(limit, len(ranked))
+        np.testing.assert_allclose(
+            answer.scores, [-score for score, _ in ranked[:limit]], rtol=1e-5
+        )
+        shares = words.shares(connection, " ".join(query), ids)
+        np.testing.assert_allclose([sum(one.values()) for one in shares], expected, rtol=1e-4)
+        assert set().union(*shares) <= set(query)
+
+
+def test_equal_scores_are_ordered_by_id_and_ids_are_kept_to(memory: sqlite3.Connection) -> None:
+    put(memory, *["a dog"] * 6, "a cat and a dog", "a cat")
+    assert found(memory, "dog", 4) == [1, 2, 3, 4]
+    among = np.array([8, 6, 3, 99])
+    assert words.search(memory, "dog cat", 9, among=among).ids.tolist() == [8, 3, 6]
+    assert words.search(memory, "dog", 9, among=[]).ids.tolist() == []
+    assert words.scores(memory, "dog", [8, 6]).tolist()[0] == 0
+
+
+def test_a_word_that_is_nowhere_lowers_what_the_others_reach(memory: sqlite3.Connection) -> None:
+    put(memory, "a dog", "a cat", "a bird")
+    [alone] = words.search(memory, "dog", 1).scores
+    [beside] = words.search(memory, "dog xylophones", 1).scores
+    assert beside < alone / 2
+
+
+# ── Spelling and common words ────────────────────────────────────────────────────────────────────
+
+
+def test_a_misspelt_word_is_taken_for_the_nearest(memory: sqlite3.Connection) -> None:
+    put(memory, "a beautiful beach", "children playing", "one beech", "the bench", "img2041")
+    terms = {
+        text: words.search(memory, text, 5).terms[0]
+        for text in (
+            "beatiful",
+            "chidlren",
+            "baech",
+            "beach",
+            "IMG_2042",
+            "cta",
+            "zzzzzz",
+            "xhildren",
+        )
+    }
+    assert terms == {
+        "beatiful": Term("beautiful", 1, "beatiful"),
+        "chidlren": Term("children", 1, "chidlren"),
+        "baech": Term("beach", 1, "baech"),  # of all at one edit, a swap being one
+        "beach": Term("beach", 1),
+        "IMG_2042": Term("IMG2042", 0),  # a number is not misspelt
+        "cta": Term("cta", 0),
+        "zzzzzz": Term("zzzzzz", 0),
+        "xhildren": Term("children", 1, "xhildren"),
+    }
+    assert found(memory, "beatiful baech") == [1]
+
+
+def test_up_to_five_letters_one_edit_is_forgiven_and_then_two(memory: sqlite3.Connection) -> None:
+    put(memory, "horse", "mountain")
+    assert words.search(memory, "hoorse", 1).terms[0].text == "horse"
+    assert words.search(memory, "hirze", 1).terms[0].count == 0
+    assert words.search(memory, "muontian", 1).terms[0].text == "mountain"
+    assert words.search(memory, "moutanin", 1).terms[0].text == "mountain"
+    assert words.search(memory, "mxxnxain", 1).terms[0].count == 0
+
+
+def test_common_words_are_left_out_beside_rarer_ones_only(
+    memory: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(words, "COMMON", 3)
+    put(memory, *["a dog"] * 8, "a dog and a zebra")
+    both = words.search(memory, "a dog zebra", 9)
+    assert both.terms == (
+        Term("a", 9, left_out=True),
+        Term("dog", 9, left_out=True),
+        Term("zebra", 1),
+    )
+    assert both.ids.tolist() == [9]
+    assert len(words.search(memory, "a dog", 20).ids) == 9
+    monkeypatch.setattr(words, "SCORED", 5)
+    assert words.search(memory, "a dog", 20).ids.tolist() == [1, 2, 3, 4, 5]
+
+
+# ── In a store ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store.create(tmp_path / "photos.lib", MODEL) as made:
+        yield made
+
+
+def item(file: str, *captions: str, failure: str | None = None) -> ItemWrite:
+    return ItemWrite(
+        file=file,
+        size=1,
+        mtime_ns=1,
+        content_hash=file.encode(),
+        width=8,
+        height=8,
+        captions=tuple(CaptionRow(text, "given") for text in captions),
+        image_embedding=None if failure else RED,
+        caption_embeddings=np.tile(RED, (len(captions), 1)) if captions and not failure else None,
+        failure=failure,
+    )
+
+
+def asked(store: Store, text: str) -> list[int]:
+    with store.snapshot() as rows:
+        return sorted(rows.words(text, 50).ids.tolist())
+
+
+def test_words_follow_what_is_written_moved_told_and_removed(store: Store, tmp_path: Path) -> None:
+    with store.writer() as writer:
+        root = writer.add_root(tmp_path / "Italy")
+        first, second, failed = writer.write(
+            root, [item("a.jpg", "a dog"), item("trip/b.jpg"), item("c.jpg", "dog", failure="no")]
+        )
+        assert asked(store, "dog") == [first]
+        assert asked(store, "italy") == [first, second]
+        writer.write(root, [item("c.jpg", "another dog")])
+        assert asked(store, "dog") == [first, failed]
+        writer.write(root, [item("a.jpg", "a dog", failure="broken now")])
+        assert asked(store, "dog") == [failed]
+        writer.set_captions(second, [CaptionRow("a zebra", "given")], RED[None])
+        assert asked(store, "zebra trip") == [second]
+        writer.move(second, root, "home/b.jpg", 1, 1)
+        assert asked(store, "trip") == []
+        assert asked(store, "home") == [second]
+        writer.relocate_root(root, tmp_path / "Spain")
+        assert asked(store, "italy") == []
+        assert asked(store, "spain") == [second, failed]
+        outer = writer.add_root(tmp_path / "Outer")
+        writer.absorb_root(outer, root, "was/Spain")
+        assert asked(store, "outer was zebra") == [second, failed]
+        writer.remove([second])
+        assert asked(store, "zebra") == []
+        with pytest.raises(ZeroDivisionError), writer.together():
+            writer.write(outer, [item("new.jpg", "unwritten")])
+            raise ZeroDivisionError
+        assert asked(store, "unwritten") == []
+        assert store.verify() == []
+        writer.forget_root(outer)
+        assert asked(store, "outer") == []
+        assert store.verify() == []
+        writer.compact()
+    assert store.verify() == []
+
+
+def test_the_migration_makes_the_table_that_the_module_makes(store: Store) -> None:
+    def schema(connection: sqlite3.Connection) -> dict[str, str]:
+        rows = connection.execute("SELECT name, sql FROM sqlite_master WHERE name LIKE 'words%'")
+        return {name: re.sub(r"\s+", " ", sql or "") for name, sql in rows}
+
+    with closing(sqlite3.connect(store.path / "catalogue.sqlite")) as connection:
+        migrated = schema(connection)
+    with closing(sqlite3.connect(":memory:")) as connection:
+        words.create(connection)
+        assert schema(connection) == migrated
+
+
+def test_rows_are_counted_without_reading_them(store: Store) -> None:
+    with store.writer() as writer:
+        root = writer.add_root(store.path.parent)
+        for start in range(0, 300, 100):
+            writer.write(root, [item(f"{n}.jpg") for n in range(start, start + 100)])
+        writer.remove(store.item_ids()[:7])
+    with store.snapshot() as rows:
+        assert words._total(rows._connection) == 293
+
+
+def test_an_sqlite_without_fts5_is_told_in_one_sentence() -> None:
+    error = our_error(Path("x"), sqlite3.OperationalError("no such module: fts5"))
+    assert type(error) is StoreError
+    assert "built without FTS5" in str(error)
+
+
+def test_facts_and_columns_are_kept_changed_and_copied(store: Store) -> None:
+    with store.writer() as writer:
+        root = writer.add_root(store.path.parent)
+        [item_id] = writer.write(root, [item("a.jpg")])
+        writer.set_facts(
+            item_id, camera="X100", latitude=-1.5, longitude=2.0, perceptual_hash=-(1 << 63)
+        )
+        writer.set_extras(item_id, (("stars", 4.0), ("tag", "b"), ("tag", "a")))
+        [known] = store.known_files(root).values()
+        assert known.extras == (("stars", 4.0), ("tag", "a"), ("tag", "b"))
+        [row] = store.items([item_id])
+        assert (row.camera, row.latitude, row.longitude) == ("X100", -1.5, 2.0)
+        assert (row.perceptual_hash, row.extras) == (-(1 << 63), known.extras)
+        writer.write(root, [item("a.jpg")])
+        [row] = store.items([item_id])
+        assert (row.camera, row.latitude, row.perceptual_hash, row.extras) == (None, None, None, ())
+        with store.snapshot() as rows:
+            assert rows.extra_keys() == {}
+    assert store.verify() == []
+
+
+def test_what_was_measured_is_kept_for_each_model(store: Store) -> None:
+    other = ModelSpec("other", 3, "other-fingerprint")
+    means = np.arange(8, dtype=np.float32).reshape(2, 4)
+    with store.writer() as writer:
+        assert store.fit() is None
+        writer.record_fit(Fit(3, 100, {"channels": {"default": "image"}}, means * 2))
+        writer.record_fit(Fit(4, 200, {"channels": {"default": "hybrid"}}, means))
+    with Store.open(store.path, other, add_model=True) as seen:
+        assert seen.fit() is None
+        with seen.writer() as writer:
+            writer.record_fit(Fit(5, 1, {}, np.ones((2, 3), dtype=np.float32)))
+    with Store.open(store.path) as again:
+        fit = again.fit()
+        assert fit is not None
+        assert (fit.change, fit.rows) == (4, 200)
+        assert fit.facts == {"channels": {"default": "hybrid"}}
+        assert fit.means.tolist() == means.tolist()
+        with again.writer() as writer:
+            writer.drop_model(other.fingerprint)
+        assert again.verify() == []
+    with closing(sqlite3.connect(store.path / "catalogue.sqlite")) as connection, connection:
+        connection.execute("UPDATE fits SET facts = '{'")
+    assert store.fit() is None
