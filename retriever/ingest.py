@@ -297,11 +297,8 @@ class _Job:
     def outcome(self) -> Outcome:
         if self.before is None:
             return "moved" if self.kept else "added"
-        is_updated = (
-            *(self.needs_picture, self.needs_captions),
-            *(self.needs_facts, self.has_new_extras),
-        )
-        return "updated" if any(is_updated) else "unchanged"
+        needs_work = self.needs_picture or self.needs_captions or self.needs_facts
+        return "updated" if needs_work or self.has_new_extras else "unchanged"
 
 
 class _Run:
