@@ -1,7 +1,8 @@
 """Ways out of a library and into another: export, import, merge, clip-retrieval's embeddings.
 
 What comes in never takes anything away. A picture that the library lacks is added. Of one that it
-has with the same content, captions that it lacks are added, and embeddings that its model lacks.
+has with the same content, captions and further columns that it lacks are added, what its file tells
+where nobody has looked yet, and embeddings that its model lacks.
 One that it has with other content stays as it is: the library looked at the file itself. So the
 same import done again changes nothing, and one that was cut off goes on where it stopped.
 """
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from indexes.files import absolute, sync
-from indexes.records import ItemWrite, KnownFile, Status
+from indexes.records import ItemWrite, KnownFile, Status, in_order
 from retriever.clip_retrieval import CHECKED, ClipLayout, ClipReader, check_sample
 from retriever.errors import RetrieverError, UsageError, printable
 from retriever.ingest import Failure
@@ -58,7 +59,7 @@ class ExportReport:
 class ImportReport:
     """What an import did; every picture that came is counted once.
 
-    added: new to the library. updated: known with the same content, and given captions or
+    added: new to the library. updated: known with the same content, and given captions, facts or
     embeddings that it lacked. unchanged: known, with all that came or with other content. skipped:
     not taken in, or not with all captions, each with the reason.
     """
@@ -311,13 +312,19 @@ class _Intake:
             image,
             rows,
             record.reason,
+            camera=record.camera,
+            latitude=record.latitude,
+            longitude=record.longitude,
+            perceptual_hash=record.perceptual_hash,
+            extras=record.extras,
+            facts=record.facts,
         )
 
     def _completed(self, known: KnownFile, record: Record) -> KnownFile:
         """The item, once it was given what it lacks of a record with the same content."""
         if not known.status == record.status == "ok" or not _is_equal(known, record):
             return known
-        after = known
+        after = self._described(known, record)
         if not known.picture_embedded and record.image is not None:
             self.writer.embed(known.item_id, unit_rows(record.image[None])[0], None)
             after = replace(after, picture_embedded=True)
@@ -341,11 +348,31 @@ class _Intake:
             self.writer.embed(known.item_id, None, matrix)
         return replace(after, captions=captions, captions_embedded=True)
 
+    def _described(self, known: KnownFile, record: Record) -> KnownFile:
+        """The item, once it has facts that nobody looked for here, and columns that it lacks."""
+        after = known
+        if known.facts < record.facts:
+            self.writer.set_facts(
+                known.item_id,
+                camera=record.camera,
+                latitude=record.latitude,
+                longitude=record.longitude,
+                perceptual_hash=record.perceptual_hash,
+            )
+            after = replace(after, facts=record.facts)
+        ours = {key for key, _ in known.extras}
+        if new := [pair for pair in record.extras if pair[0] not in ours]:
+            after = replace(after, extras=in_order([*known.extras, *new]))
+            self.writer.set_extras(known.item_id, after.extras)
+        return after
+
 
 def _known(item_id: int, one: ItemWrite) -> KnownFile:
     status: Status = "ok" if one.failure is None else "failed"
     return KnownFile(
-        item_id, one.file, one.size, one.mtime_ns, one.content_hash, status, one.captions
+        *(item_id, one.file, one.size, one.mtime_ns, one.content_hash, status, one.captions),
+        extras=in_order(one.extras),
+        facts=one.facts,
     )
 
 

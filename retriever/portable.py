@@ -10,11 +10,13 @@ A line of `items.ndjson` (ASCII; a name that is no text has its bytes as lone su
 
     {"root": "/home/me/Pictures", "file": "2024/a.jpg", "size": 81920, "mtime_ns": 1700000000000,
      "content_hash": "9f…", "width": 640, "height": 480, "taken": "2024-05-01T12:00:00",
-     "status": "ok", "reason": null, "embedding": 0,
+     "status": "ok", "reason": null, "embedding": 0, "camera": "NIKON D90", "latitude": 45.4,
+     "longitude": 12.3, "perceptual_hash": -81, "facts": 1, "extras": [["stars", 4.0]],
      "captions": [{"text": "a dog", "source": "sidecar", "embedding": 0}]}
 
 `content_hash` is XXH3-128 of the file's bytes. `embedding` is a row, null where there is none. A
-picture that could not be read has the status "failed", a reason and no embeddings.
+picture that could not be read has the status "failed", a reason and no embeddings. What stands
+from "camera" to "extras" may be missing: older versions did not know it.
 
 Whoever made such files, they are hostile until they were checked: nothing is unpickled, no length
 is believed, and every row belongs to one line.
@@ -27,6 +29,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -41,7 +44,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from indexes.errors import WrongModelError
-from indexes.records import STORED_TOLERANCE, UNIT_TOLERANCE, CaptionRow, Kind, Status
+from indexes.records import (
+    FACTS,
+    STORED_TOLERANCE,
+    UNIT_TOLERANCE,
+    CaptionRow,
+    Extras,
+    Kind,
+    Status,
+    in_order,
+)
 from retriever.errors import RetrieverError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -79,6 +91,12 @@ class Record:
     captions: tuple[CaptionRow, ...]
     image: Rows | None  # (d,)
     texts: tuple[Rows | None, ...]  # (d,) for each caption
+    camera: str | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+    perceptual_hash: int | None = None
+    extras: Extras = ()
+    facts: int = 0  # who knows nothing of these leaves them to the next run
 
     @property
     def path(self) -> Path:
@@ -100,7 +118,7 @@ def records_of(rows: Snapshot, ids: Sequence[int]) -> list[Record]:
     items = rows.items(ids)
     caption_ids = rows.caption_ids(items)
     images, texts = rows.embeddings("image", ids), rows.embeddings("caption", caption_ids)
-    in_order = iter(caption_ids)
+    of_texts = iter(caption_ids)
     return [
         Record(
             item.root,
@@ -115,7 +133,13 @@ def records_of(rows: Snapshot, ids: Sequence[int]) -> list[Record]:
             item.reason,
             item.captions,
             images.get(item_id),
-            tuple(texts.get(caption_id) for caption_id in islice(in_order, len(item.captions))),
+            tuple(texts.get(caption_id) for caption_id in islice(of_texts, len(item.captions))),
+            item.camera,
+            item.latitude,
+            item.longitude,
+            item.perceptual_hash,
+            item.extras,
+            item.facts,
         )
         for item_id, item in sorted(items.items())
     ]
@@ -230,6 +254,12 @@ def _line(record: Record, put: Callable[[Kind, Rows | None], int | None]) -> byt
         "status": record.status,
         "reason": record.reason,
         "embedding": put("image", record.image),
+        "camera": record.camera,
+        "latitude": record.latitude,
+        "longitude": record.longitude,
+        "perceptual_hash": record.perceptual_hash,
+        "facts": record.facts,
+        "extras": record.extras,
         "captions": [
             {"text": one.text, "source": one.source, "embedding": put("caption", row)}
             for one, row in zip(record.captions, record.texts, strict=True)
@@ -362,6 +392,7 @@ class _Line:
             tuple(CaptionRow(one.text("text"), one.text("source")) for one in captions),
             self._row("image", fields, rows),
             tuple(self._row("caption", one, rows) for one in captions),
+            *_facts(fields),
         )
 
     def _row(self, kind: Kind, fields: _Fields, rows: Mapping[Kind, Rows]) -> Rows | None:
@@ -416,6 +447,16 @@ class _Fields:
         if type(value) is not int or not low <= value <= high:  # True is an int as well
             raise self.fault(f"{name!r} is not a whole number from {low} to {high}")
         return value
+
+    def decimal(self, name: str, *, most: float = sys.float_info.max) -> float:
+        value = self.value(name)
+        if type(value) not in (int, float) or not abs(value) <= most:  # True for NaN
+            raise self.fault(f"{name!r} is not a number from {-most:g} to {most:g}")
+        return float(value)
+
+    def is_absent(self, name: str) -> bool:
+        """Whether there is nothing, as in files of a version that did not know the field."""
+        return self._fields.get(name) is None
 
     def choice(self, name: str, choices: Sequence[T]) -> T:
         value = self.value(name)
@@ -476,6 +517,37 @@ def _taken(fields: _Fields) -> datetime | None:
         return datetime.fromisoformat(fields.text("taken"))
     except ValueError as exc:
         raise fields.fault("'taken' is not a date and time") from exc
+
+
+def _facts(
+    fields: _Fields,
+) -> tuple[str | None, float | None, float | None, int | None, Extras, int]:
+    """Camera, latitude, longitude, perceptual hash, further columns, and `facts`, as in Record."""
+    camera, latitude, longitude, perceptual_hash = None, None, None, None
+    if not fields.is_absent("camera"):
+        camera = fields.text("camera")
+    if not fields.is_absent("perceptual_hash"):
+        perceptual_hash = fields.number("perceptual_hash", low=-MAX_INTEGER - 1)
+    if not (fields.is_absent("latitude") and fields.is_absent("longitude")):
+        latitude = fields.decimal("latitude", most=90)
+        longitude = fields.decimal("longitude", most=180)
+    extras = () if fields.is_absent("extras") else _extras(fields)
+    facts = 0 if fields.is_absent("facts") else min(FACTS, fields.number("facts"))
+    return camera, latitude, longitude, perceptual_hash, extras, facts
+
+
+def _extras(fields: _Fields) -> Extras:
+    pairs = fields.value("extras")
+    if not isinstance(pairs, list):
+        raise fields.fault("'extras' is not a list")
+    found: list[tuple[str, str | float]] = []
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise fields.fault("'extras' has something other than a name with its value")
+        one = _Fields(f"{fields.where}, extras", {"name": pair[0], "value": pair[1]})
+        is_text = isinstance(pair[1], str)
+        found.append((one.text("name"), one.text("value") if is_text else one.decimal("value")))
+    return in_order(found)
 
 
 # ── Files from elsewhere ─────────────────────────────────────────────────────────────────────────

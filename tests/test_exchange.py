@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -102,14 +103,24 @@ def contents(store: Store) -> dict[Path, Any]:
         found[one.path] = (
             *(one.size, one.mtime_ns, one.content_hash, one.width, one.height, one.taken),
             *(one.status, one.reason, one.captions, vectors),
+            *(one.camera, one.latitude, one.longitude, one.perceptual_hash),
+            *(one.extras, one.facts),
         )
     return found
 
 
 def sample(path: Path) -> Store:
     """Three pictures, one of them failed, two captions."""
+    told = {
+        "taken": datetime(2024, 5, 1, 12),
+        "camera": "NIKON D90",
+        "latitude": 45.5,
+        "longitude": -12.25,
+        "perceptual_hash": -81,
+        "extras": (("stars", 4.0), ("tag", "sky"), ("tag", "sea")),
+    }
     several = [
-        item("a.jpg", EAST, ("a", NORTH), ("again", SOUTH), taken=datetime(2024, 5, 1, 12)),
+        item("a.jpg", EAST, ("a", NORTH), ("again", SOUTH), **told),
         item("b/c.jpg", NORTH),
         failed("d.jpg"),
     ]
@@ -161,6 +172,12 @@ def test_an_export_is_read_with_json_and_numpy_alone(store, folder):
         "status": "ok",
         "reason": None,
         "embedding": 0,
+        "camera": "NIKON D90",
+        "latitude": 45.5,
+        "longitude": -12.25,
+        "perceptual_hash": -81,
+        "facts": 1,
+        "extras": [["stars", 4.0], ["tag", "sea"], ["tag", "sky"]],
         "captions": [
             {"text": "a", "source": "given: by hand", "embedding": 0},
             {"text": "again", "source": "given: by hand", "embedding": 1},
@@ -237,6 +254,23 @@ vectors = (
 )
 moments = st.none() | st.datetimes(datetime(1900, 1, 1), datetime(2100, 1, 1))
 
+facts = st.fixed_dictionaries(
+    {
+        "facts": st.integers(0, 1),
+        "extras": st.lists(
+            st.tuples(texts, texts | st.floats(allow_nan=False, allow_infinity=False)), max_size=3
+        ).map(tuple),
+    },
+    optional={
+        "camera": texts,
+        "perceptual_hash": st.integers(-(1 << 63), (1 << 63) - 1),
+    },
+) | st.builds(
+    lambda latitude, longitude: {"latitude": latitude, "longitude": longitude},
+    st.floats(-90, 90),
+    st.floats(-180, 180),
+)
+
 
 @st.composite
 def libraries(draw: st.DrawFn) -> dict[Path, list[Any]]:
@@ -247,10 +281,12 @@ def libraries(draw: st.DrawFn) -> dict[Path, list[Any]]:
             captions = draw(st.lists(st.tuples(texts, vectors), max_size=3))
             stamp = {"content_hash": draw(st.binary(min_size=16, max_size=16))}
             if draw(st.booleans()):
+                stamp |= draw(facts)
                 rows = tuple(CaptionRow(text, "sidecar") for text, _ in captions)
                 several.append(failed(file, captions=rows, failure=draw(texts), **stamp))
             else:
                 taken = draw(moments)
+                stamp |= draw(facts)
                 several.append(item(file, draw(vectors), *captions, taken=taken, **stamp))
         roots[Path(root)] = several
     return roots
@@ -348,6 +384,39 @@ def test_captions_that_are_missing_here_are_added_to_the_same_content(store, fol
         ids = store.caption_ids(row.item_id)
         np.testing.assert_array_equal(store.embeddings("caption", ids), [NORTH, SOUTH, EAST])
         assert merge_store(store, other) == ImportReport(unchanged=1)
+
+
+def test_facts_and_columns_that_are_missing_here_are_added_to_the_same_content(store, folder):
+    theirs = item("a.jpg", EAST, camera="Other", extras=(("stars", 1.0), ("place", "Rome")))
+    with (
+        store_with(folder / "other.lib", {HOME: [theirs]}) as other,
+        store_with(folder / "old.lib", {HOME: [item("a.jpg", EAST, facts=0)]}) as old,
+    ):
+        assert merge_store(store, other) == ImportReport(updated=1)
+        row = store.item_by_path(HOME / "a.jpg")
+        assert row.camera == "NIKON D90"
+        assert row.extras == (("place", "Rome"), ("stars", 4.0), ("tag", "sea"), ("tag", "sky"))
+        assert merge_store(store, other) == ImportReport(unchanged=1)
+        assert merge_store(old, other) == ImportReport(updated=1)
+        row = old.item_by_path(HOME / "a.jpg")
+        assert (row.camera, row.facts, row.extras) == ("Other", 1, theirs.extras[::-1])
+        assert merge_store(store, old) == ImportReport(unchanged=1)
+
+
+def test_an_export_of_an_older_version_leaves_facts_to_the_next_run(store, fresh, folder):
+    export_store(store, folder / "out")
+    names = ("camera", "latitude", "longitude", "perceptual_hash", "facts", "extras")
+    for line in range(3):
+
+        def drop(fields: dict[str, Any]) -> None:
+            for name in names:
+                del fields[name]
+
+        edited(ITEMS, drop, line)(folder / "out")
+    resign(folder / "out")
+    assert import_folder(fresh, folder / "out").added == 3
+    row = fresh.item_by_path(HOME / "a.jpg")
+    assert (row.camera, row.latitude, row.extras, row.facts) == (None, None, (), 0)
 
 
 def test_another_content_under_the_same_name_leaves_the_library_as_it_is(store, folder):
@@ -544,6 +613,18 @@ TAMPERED: list[tuple[str, Callable[[Path], None], str]] = [
     ("huge width", field("width", 1 << 31), "line 1: 'width' is not a whole number"),
     ("no hash", field("content_hash", "xyz"), "line 1: 'content_hash' is not a hex"),
     ("no date", field("taken", "yesterday"), "line 1: 'taken' is not a date"),
+    ("camera", field("camera", 90), "line 1: 'camera' is not a text"),
+    ("north of the pole", field("latitude", 90.5), "line 1: 'latitude' is not a number from -90"),
+    ("half a place", field("longitude", None), "line 1: 'longitude' is not a number"),
+    ("true north", field("latitude", True), "line 1: 'latitude' is not a number"),
+    ("long hash", field("perceptual_hash", 1 << 63), "line 1: 'perceptual_hash' is not a whole"),
+    ("fact", field("facts", "all"), "line 1: 'facts' is not a whole number"),
+    ("columns", field("extras", {"stars": 4}), "line 1: 'extras' is not a list"),
+    ("column", field("extras", [["stars"]]), "line 1: 'extras' has something other"),
+    ("column of none", field("extras", [["stars", None]]), "line 1, extras: 'value' is not a num"),
+    ("column of much", field("extras", [["stars", 10**400]]), "line 1, extras: 'value' is not"),
+    ("column of NaN", field("extras", [["stars", math.nan]]), "line 1, extras: 'value' is not"),
+    ("column of a number", field("extras", [[4, "x"]]), "line 1, extras: 'name' is not a text"),
     ("status", field("status", "fine"), "line 1: 'status' is none of ok, failed"),
     ("status list", field("status", []), "line 1: 'status' is none of ok, failed"),
     ("failed with row", field("status", "failed"), "line 1: it failed and yet has embeddings"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from indexes import words
-from indexes.errors import StoreError
+from indexes.errors import InvalidRowsError, StoreError
 from indexes.records import CaptionRow, Fit, ItemWrite, Term
 from indexes.snapshot import our_error
 from indexes.store import ModelSpec, Store
@@ -61,7 +61,7 @@ def found(connection: sqlite3.Connection, text: str, limit: int = 10) -> list[in
         ("see IMG_2041 for more", "IMG_2041", True),
         ("see IMG_2041 for more", "2041", True),
         ("the iPhone", "phone", False),
-        ("don't", "dont", False),
+        ("don't", "don", True),
         ("50% off", "50", True),
         ("👍🏽 !?", "👍", False),
     ],
@@ -125,7 +125,7 @@ def test_a_phrase_stands_in_one_caption_in_its_order(memory: sqlite3.Connection)
     assert words.expression("!? ...", phrase=True) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=30))
 def test_any_text_can_be_kept_and_asked(text: str) -> None:
     with closing(sqlite3.connect(":memory:")) as connection:
@@ -139,7 +139,7 @@ def test_any_text_can_be_kept_and_asked(text: str) -> None:
 LETTERS = "あ亜漢字カナ한글ab1_ ー々"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(LETTERS, min_size=1, max_size=12), start=st.integers(0, 11), data=st.data())
 def test_any_part_of_a_run_without_spaces_is_found(
     text: str, start: int, data: st.DataObject
@@ -182,7 +182,7 @@ def bm25(texts: Sequence[Sequence[str]], query: Sequence[str]) -> list[float]:
 WORD_LISTS = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     texts=st.lists(WORD_LISTS, min_size=1, max_size=12), query=WORD_LISTS, limit=st.integers(1, 9)
 )
@@ -338,9 +338,9 @@ def test_words_follow_what_is_written_moved_told_and_removed(store: Store, tmp_p
         assert asked(store, "outer was zebra") == [second, failed]
         writer.remove([second])
         assert asked(store, "zebra") == []
-        with pytest.raises(ZeroDivisionError), writer.together():
+        with pytest.raises(InvalidRowsError), writer.together():  # noqa: PT012 (the second raises)
             writer.write(outer, [item("new.jpg", "unwritten")])
-            raise ZeroDivisionError
+            writer.set_captions(99, [], None)
         assert asked(store, "unwritten") == []
         assert store.verify() == []
         writer.forget_root(outer)
