@@ -154,7 +154,7 @@ class WhereError(UsageError):
 
 def _pointed_at(text: str, at: int) -> tuple[str, str]:
     """The filter on one line, or the part of it around a place, and a mark for the line below."""
-    shown = "".join(char if char.isprintable() else " " for char in text)
+    shown = _printable(text)
     start = max(0, at - _SHOWN_CHARS) if len(shown) > 2 * _SHOWN_CHARS else 0
     end = max(at, start) + _SHOWN_CHARS if len(shown) > 2 * _SHOWN_CHARS else len(shown)
     before = ("…" if start else "") + shown[start:at]
@@ -219,8 +219,13 @@ def _not_understood(text: str, exc: UnexpectedInput) -> WhereError:
     return WhereError(text, at, f"{expected} is expected, and {found}", *hints)
 
 
+def _printable(text: str) -> str:
+    """The text, place for place, without what moves a cursor or cannot be encoded."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 def _shown(value: str) -> str:
-    value = value if len(value) <= _SHOWN_CHARS else f"{value[:_SHOWN_CHARS]}…"
+    value = _printable(value if len(value) <= _SHOWN_CHARS else f"{value[:_SHOWN_CHARS]}…")
     return value if value[:1] in "\"'`“" else f"“{value}”"
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -29,11 +30,12 @@ from indexes.filters import (
     Period,
     Words,
 )
-from indexes.store import Store
+from indexes.store import ModelSpec, Store
 from retriever.errors import UsageError
 from retriever.ingest import index_folder
 from retriever.where import MAX_CHARS, MAX_NESTING, WhereError, parse
 
+TOY = ModelSpec(ToyEncoder.name, ToyEncoder.dim, "toy-1")
 COLUMNS = ["license", "tag", "date", "width", "File Type", "box", "portrait"]
 DAY = Period(datetime(2024, 5, 6), datetime(2024, 5, 7))
 LICENSE, DATE = Extra("license"), Extra("date")
@@ -278,13 +280,29 @@ def test_the_mark_stands_under_wide_letters_and_in_a_long_filter() -> None:
     assert shown.endswith("…")
 
 
+def test_what_no_terminal_should_see_is_not_in_the_error() -> None:
+    for text in ("\x1b[2J\udcff = 5", "width > \x1b[2J\ud800", "`\x1b` = 5"):
+        with pytest.raises(WhereError) as caught:
+            parse(text)
+        said = str(caught.value)
+        assert "\x1b" not in said
+        assert said.encode()
+
+
 # ── In a library ─────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def photographs(tmp_path: Path, fresh_store: Store) -> Store:
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    with Store.create(tmp_path_factory.mktemp("empty") / "a.lib", TOY) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """Three pictures with a camera, a place and columns of a captions file, where they have any."""
-    folder = tmp_path / "p"
+    home = tmp_path_factory.mktemp("photographs")
+    folder = home / "p"
     berlin = paint(folder / "2024/berlin.jpg", "red", side=30)
     exif = Image.Exif()
     exif[0x010F], exif[0x0110] = "NIKON CORPORATION", "NIKON D90"
@@ -299,8 +317,9 @@ def photographs(tmp_path: Path, fresh_store: Store) -> Store:
         {"file": "old/IMG_2041.png", "caption": "a cat", "year": "1999", "by": {"name": "Ann"}},
     ]
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    index_folder(fresh_store, ToyEncoder, folder)
-    return fresh_store
+    with Store.create(home / "a.lib", TOY) as store:
+        index_folder(store, ToyEncoder, folder)
+        yield store
 
 
 @pytest.mark.parametrize(
@@ -351,9 +370,9 @@ def test_pictures_are_found_by_what_their_files_tell(
         + "))" * (MAX_NESTING // 3),
     ],
 )
-def test_whatever_fits_into_a_filter_can_be_asked(fresh_store: Store, text: str) -> None:
+def test_whatever_fits_into_a_filter_can_be_asked(empty_store: Store, text: str) -> None:
     assert len(text) <= MAX_CHARS
-    assert fresh_store.select(parse(text, ["x"])).tolist() == []
+    assert empty_store.select(parse(text, ["x"])).tolist() == []
 
 
 def test_tests_inside_each_other_have_a_limit() -> None:
@@ -372,7 +391,7 @@ WORDS = [
 @settings(deadline=None)
 @given(st.text(max_size=40) | st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join))
 def test_any_text_is_a_filter_that_can_be_asked_or_a_fault_with_a_place(
-    tmp_path_factory: pytest.TempPathFactory, text: str
+    empty_store: Store, text: str
 ) -> None:
     column, condition = 0, None
     try:
@@ -381,18 +400,7 @@ def test_any_text_is_a_filter_that_can_be_asked_or_a_fault_with_a_place(
         column = exc.column
     assert (condition is None) == (1 <= column <= len(text) + 1)
     if condition is not None:
-        assert empty(tmp_path_factory).select(condition).tolist() == []
-
-
-STORES: list[Store] = []
-
-
-def empty(factory: pytest.TempPathFactory) -> Store:
-    if not STORES:
-        from indexes.store import ModelSpec
-
-        STORES.append(Store.create(factory.mktemp("where") / "a.lib", ModelSpec("toy", 4, "toy-1")))
-    return STORES[0]
+        assert empty_store.select(condition).tolist() == []
 
 
 def test_the_parser_is_loaded_for_filters_alone() -> None:
