@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "CaptionHit", "Hit", "Query", "Searcher"]
 
 SHORTEST_NAME = 3  # letters and digits of a word that names something by a digit
-NEAR = 0.9  # of the words of two captions that say the same
+NEAR = 0.9  # of the words of two captions that say the same, such as 10 of 11
 _MARKS = ".,;:!?()[]{}'’\"“”„«»「」"
 
 
@@ -293,11 +293,13 @@ def _said(text: str) -> tuple[str, ...]:
 
 
 def _is_near(ones: tuple[str, ...], others: tuple[str, ...]) -> bool:
-    """Whether nearly all words of two texts are the same ones: of ten, all but one."""
-    if min(len(ones), len(others)) < NEAR * max(len(ones), len(others)):
-        return False
+    """Whether two texts have nearly all of their words in common, in the same order."""
     one, other = set(ones), set(others)
-    return len(one & other) >= NEAR * len(one | other)
+    if len(one & other) < NEAR * len(one | other):
+        return False
+    from difflib import SequenceMatcher
+
+    return SequenceMatcher(None, ones, others, autojunk=False).ratio() >= NEAR
 
 
 class _Found:

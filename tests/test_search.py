@@ -384,11 +384,12 @@ def test_captions_that_say_the_same_are_given_once(
     fresh_store: Store, toy_encoder: ToyEncoder, tmp_path: Path
 ) -> None:
     long = "one two three four five six seven eight nine ten red"
-    lines = ["A red door.", "a RED door", "a red door !", long, f"{long} eleven", "no red at all"]
+    lines = ["A red door.", "a RED door", "a red door !", long, f"{long} eleven", "red: 1 of 2"]
+    lines.append("red: 2 of 1")
     paint(tmp_path / "p/x.png", "red").with_suffix(".txt").write_text("\n".join(lines))
     index_folder(fresh_store, lambda: toy_encoder, tmp_path / "p")
     hits = Searcher(fresh_store, lambda: toy_encoder).captions(text("red"))
-    assert [hit.caption for hit in hits] == ["A red door.", long, "no red at all"]
+    assert [hit.caption for hit in hits] == ["A red door.", long, *lines[-2:]]
 
 
 def test_captions_can_be_those_of_chosen_pictures(described: Searcher) -> None:
