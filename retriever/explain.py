@@ -41,8 +41,8 @@ _WORD = re.compile(
 )
 _UNSAFE = re.compile(r"[^\w.-]+")  # in the name of a file
 
-CELLS = 8  # of the grid over a picture, on each side
-MAX_ASPECT = 4  # beyond, a picture is squeezed: a hundred copies of it are in memory
+CELLS = 6  # of the grid over a picture, on each side
+MAX_ASPECT = 4  # beyond, a picture is squeezed: 65 copies of it are in memory
 SPAN = 3  # cells that a patch covers, on each side
 OVERLAY_SIDE = 640  # pixels, at most
 # A smaller fall of the cosine is no finding: it is not stretched over all colours.
@@ -241,7 +241,7 @@ def heat_map(encoder: Encoder, picture: Image.Image, query: str | Rows) -> Rows:
     Convolutional Networks), arXiv:1311.2901, section 4.2.
 
     Args:
-        encoder: any; it reads about a hundred pictures.
+        encoder: any; it reads 65 pictures.
         picture: RGB. Its proportions are those of the map, whose shorter side is at most the one
             that the encoder reads; those of a strip are MAX_ASPECT.
         query: a text, or a unit row (d,).
@@ -294,7 +294,7 @@ def write_heat_maps(
     Args:
         encoder: the one that made `row`.
         row: (d,), the query as it was compared with pictures.
-        hits: about a hundred pictures are encoded for each.
+        hits: 65 pictures are encoded for each.
         folder: made if absent.
         notes: a picture that cannot be read is left out and added to it.
         progress: called with (done, total) hits.
@@ -338,9 +338,9 @@ def overlay(picture: Image.Image, heat: Rows) -> Image.Image:
     level = np.clip(np.asarray(resized), 0.0, 1.0)
     grey = np.asarray(shown.convert("L"), dtype=np.float64)[..., None].repeat(3, axis=2)
     colours = palette()[np.round(level * 255).astype(np.intp)]
-    alpha = (0.75 * np.sqrt(level))[..., None]
+    alpha = (0.85 * level**0.6)[..., None]
     # The picture's own light and dark stays to be seen through the colour.
-    mixed = grey * (1 - alpha) + colours * alpha * (0.4 + 0.6 * grey / 255)
+    mixed = grey * (1 - alpha) + colours * alpha * (0.55 + 0.45 * grey / 255)
     return Image.fromarray(np.round(mixed).clip(0, 255).astype(np.uint8))
 
 

@@ -1,6 +1,8 @@
 """Explanations against answers worked out by hand, with an encoder that knows colours only."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from indexes.store import Store
+from retriever.asking import Query
+from retriever.calibration import Calibration, Sample, fit
+from retriever.channels import MODES, Mode
 from retriever.data import read_image
 from retriever.explain import (
     LEAST_PEAK,
@@ -16,6 +22,7 @@ from retriever.explain import (
     Channel,
     Explanation,
     Word,
+    explain,
     heat_map,
     overlay,
     palette,
@@ -23,8 +30,10 @@ from retriever.explain import (
     without_each_word,
     write_heat_maps,
 )
-from retriever.search import Hit
+from retriever.ingest import index_folder
+from retriever.search import Hit, Searcher
 
+TOLERANCE = 2e-3  # the store keeps embeddings in half precision
 WEIGHTS = {"image": 0.2, "caption": 0.5, "words": 0.3}
 
 
@@ -71,6 +80,101 @@ def test_leaving_out_a_word_takes_its_letters_and_nothing_else(text: str) -> Non
     letters = "".join(text.split())
     for word, rest in without_each_word(text):
         assert len("".join(rest.split())) == len(letters) - len(word)
+
+
+# ── of a library ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def searcher(fresh_store: Store, toy_encoder: ToyEncoder, tiny_pairs: Path) -> Searcher:
+    index_folder(fresh_store, lambda: toy_encoder, tiny_pairs)
+    return Searcher(fresh_store, lambda: toy_encoder)
+
+
+def explained(searcher: Searcher, text: str, mode: Mode, **calibrated: Any) -> dict[str, Any]:
+    """Explanations by the names of the pictures found."""
+    query = Query(texts=((text, 1.0),))
+    answer = searcher.images(query, mode=mode)
+    found = explain(answer, query, mode, searcher.channels, **calibrated)
+    assert len(found) == len(answer)
+    return {hit.path.stem: one for hit, one in zip(answer, found, strict=True)}
+
+
+def test_a_word_gave_what_the_score_falls_without_it(searcher: Searcher) -> None:
+    # "red green" is the direction of yellow; without "red" it is that of green, at 45° to it.
+    found = explained(searcher, "red green", "image")["yellow"]
+    assert [word.text for word in found.words] == ["red", "green"]
+    expected = pytest.approx(1 - 1 / math.sqrt(2), abs=TOLERANCE)
+    assert [word.change for word in found.words] == [expected, expected]
+    # Red is nearer to "red" than to "red green".
+    red, green = explained(searcher, "red green", "image")["red"].words
+    assert red.change == pytest.approx(1 / math.sqrt(2), abs=TOLERANCE)
+    assert green.change == pytest.approx(1 / math.sqrt(2) - 1, abs=TOLERANCE)
+
+
+def test_one_mode_alone_has_the_whole_share(searcher: Searcher) -> None:
+    found = explained(searcher, "red", "image")
+    assert [(one.name, one.share) for one in found["red"].channels] == [("image", 1)]
+    assert found["blue"].channels[0].share == 0
+    assert found["red"].words == ()  # all of the score is one word's
+
+
+def test_the_channels_of_a_hybrid_hit_add_up_to_its_score(searcher: Searcher) -> None:
+    query = Query(texts=(("a red square", 1.0),))
+    answer = searcher.images(query, mode="hybrid")
+    for hit, one in zip(answer, explain(answer, query, "hybrid", searcher.channels), strict=True):
+        if hit.caption is None:  # a picture without captions has another weight and an offset
+            assert [channel.name for channel in one.channels] == ["image", "words"]
+            assert one.caption_score is None
+        else:
+            parts = {channel.name: channel.score * channel.weight for channel in one.channels}
+            assert sum(parts.values()) == pytest.approx(hit.score, abs=1e-4)
+            assert one.caption_score == pytest.approx(hit.channels["caption"], abs=1e-4)
+        assert one.caption == hit.caption
+        assert sum(channel.share for channel in one.channels) == pytest.approx(1)
+
+
+def test_words_are_explained_in_every_mode(searcher: Searcher) -> None:
+    for mode in MODES:
+        words = explained(searcher, "a red square", mode)["red"].words
+        gave = {word.text: word.change for word in words}
+        assert max(gave, key=lambda word: gave[word]) == "red", mode
+
+
+def test_the_percentile_is_what_the_calibration_says(searcher: Searcher) -> None:
+    unrelated = Sample(pairs=np.empty(0), background=np.array([0.2, 0.6, 0.65]))
+    known = Calibration(fit({"image": unrelated}))
+    found = explained(searcher, "red", "image", calibration=known)
+    assert found["red"].percentile == 1
+    assert found["blue"].percentile == 0
+    assert 0 < found["white"].percentile < 1
+    assert explained(searcher, "red", "caption", calibration=known)["red"].percentile is None
+
+
+def test_a_query_picture_has_no_words_and_a_text_beside_it_has(searcher: Searcher) -> None:
+    flat = Image.new("RGB", (5, 5), "red")
+    for texts, expected in (((), []), ((("blue square", 1.0),), ["blue", "square"])):
+        query = Query(texts=texts, images=((flat, 1.0),))
+        (first, *_) = explain(searcher.images(query), query, "image", searcher.channels)
+        assert [word.text for word in first.words] == expected
+        assert first.percentile is None
+
+
+def test_a_hit_that_is_gone_meanwhile_has_an_empty_explanation(
+    searcher: Searcher, fresh_store: Store
+) -> None:
+    query = Query(texts=(("red square", 1.0),))
+    answer = searcher.images(query, mode="image")
+    with fresh_store.writer() as writer:
+        writer.remove([answer[0].item_id])
+        writer.finish()
+    gone, *others = explain(answer, query, "image", searcher.channels)
+    assert gone == Explanation(())
+    assert all(one.channels for one in others)
+
+
+def test_nothing_found_is_nothing_to_explain(searcher: Searcher) -> None:
+    assert explain([], Query(texts=(("red", 1.0),)), "image", searcher.channels) == []
 
 
 # ── what people and programs read ────────────────────────────────────────────────────────────────
@@ -129,7 +233,7 @@ def test_a_map_has_the_proportions_of_its_picture(toy_encoder: ToyEncoder) -> No
     assert heat_map(toy_encoder, halves("red", "blue", (200, 600)), "red").shape == (24, shorter)
 
 
-def test_a_strip_is_squeezed_before_a_hundred_copies_of_it_fill_the_memory(
+def test_a_strip_is_squeezed_before_many_copies_of_it_fill_the_memory(
     toy_encoder: ToyEncoder,
 ) -> None:
     strip = halves("red", "blue", (5000, 10))
