@@ -9,8 +9,8 @@ N is the number of a partition, padded with zeros. `image_path` begins with the 
 clip-retrieval was given, so it is often relative to where that was done; of a WebDataset it is a
 key, which is no path.
 
-A picture's size, time, content hash and descriptions come from the picture itself, so that indexing
-its folder afterwards finds it unchanged.
+A picture's size, time, content hash, descriptions, camera and place come from the picture itself,
+so that indexing its folder afterwards finds it unchanged.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import chain
 from pathlib import Path, PurePath
@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from indexes.errors import WrongModelError
-from indexes.records import CaptionRow, KnownFile
+from indexes.records import FACTS, CaptionRow, KnownFile
 from retriever.captions import clean_caption, read_sidecar
-from retriever.data import IMAGE_SUFFIXES
+from retriever.data import IMAGE_SUFFIXES, Facts
 from retriever.errors import (
     CaptionError,
     MissingExtraError,
@@ -41,7 +41,7 @@ from retriever.errors import (
     UsageError,
     printable,
 )
-from retriever.ingest import GIVEN, Failure, content_hash
+from retriever.ingest import FACTS_SIDE, GIVEN, Failure, content_hash
 from retriever.machine import cores
 from retriever.portable import BATCH_SIZE, Record, Rows, lengths_of, named, open_rows, unit_rows
 from retriever.workers import DecodeWorkers
@@ -290,6 +290,7 @@ class _Look:
     height: int = 0
     taken: datetime | None = None
     descriptions: tuple[CaptionRow, ...] = ()
+    facts: Facts | None = None
 
 
 class ClipReader:
@@ -363,6 +364,8 @@ class ClipReader:
                 tuple(one for one, _ in several),
                 np.array(shard.images[by_file[file][0].number]),
                 tuple(encoded[one.text] if row is None else row for one, row in several),
+                facts=FACTS if look.facts else 0,
+                **asdict(look.facts or Facts()),
             )
             for file, look, several in found
         ]
@@ -378,14 +381,15 @@ class ClipReader:
             ):
                 return _Look(*stamp, known.content_hash)
             digest = content_hash(path)
-            # As small as can be: only what stands beside the pixels is wanted.
-            decoded = self._workers.read(path, target=1)
+            # As small as can be: what stands beside the pixels is wanted, and their hash.
+            decoded = self._workers.read(path, target=FACTS_SIDE)
         except OSError as exc:
             return Failure(path, f"cannot be read: {exc.strerror}")
         except PictureError as exc:
             return Failure(path, str(exc).removeprefix(f"{printable(path)}: "))
         inside = tuple(CaptionRow(one.text, one.source) for one in decoded.descriptions)
-        return _Look(*stamp, digest, decoded.width, decoded.height, decoded.taken, inside)
+        size = (decoded.width, decoded.height)
+        return _Look(*stamp, digest, *size, decoded.taken, inside, decoded.facts)
 
     def _captions(
         self, shard: _Shard, path: Path, rows: Iterable[_ClipRow]
