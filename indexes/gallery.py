@@ -63,14 +63,18 @@ class Gallery:
         queries: Queries,
         k: int,
         *,
-        among: Collection[int] | None = None,
+        among: Collection[int] | Ids | None = None,
         source: Source | None = None,
         exact: bool = False,
     ) -> list[Match]:
         """The k best for each query; see `Store.search`. Raises IndexFileError."""
         wanted = None
         if among is not None:
-            wanted = np.fromiter(among, dtype=np.int64, count=len(among))
+            wanted = (
+                among.astype(np.int64, copy=False)
+                if isinstance(among, np.ndarray)
+                else np.fromiter(among, dtype=np.int64, count=len(among))
+            )
         parts = [self.tail.search(queries, k, allowed=_only(self.tail, wanted, None))]
         if self.index is not None:
             found = None

@@ -314,7 +314,7 @@ class Store:
         queries: NDArray[np.float32],
         k: int,
         *,
-        among: Collection[int] | None = None,
+        among: Collection[int] | NDArray[np.int64] | None = None,
         source: Source | None = None,
         exact: bool = False,
     ) -> list[Match]:

@@ -33,6 +33,8 @@ faiss.cvar.distance_compute_blas_threshold = 2048
 
 # Up to this many candidates are scored straight from their codes; more go through FAISS.
 SMALL = 256
+# So is one allowed row in so many: to pass by all the others would take longer.
+NARROW = 256
 # Candidates fetched beyond k, so that ties at the k-th place are usually settled at once.
 SLACK = 16
 # Rows decoded at a time when many are scored: 4096 x 512-d are 8 MiB as float32.
@@ -325,7 +327,8 @@ class VectorIndex:
         """
         count = len(self) if allowed is None else int(np.count_nonzero(allowed))
         fetch = k + SLACK
-        if count <= max(fetch, SMALL):
+        few = len(self) // NARROW if len(queries) < BATCH else 0
+        if count <= max(fetch, SMALL, few):
             every = np.arange(len(self)) if allowed is None else np.flatnonzero(allowed)
             return [self.best(query, every, k) for query in queries]
         found = []

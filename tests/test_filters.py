@@ -35,7 +35,7 @@ from indexes.filters import (
     Words,
     km_between,
 )
-from indexes.records import CaptionRow, ItemRow, ItemWrite, in_order
+from indexes.records import CaptionRow, ItemRow, ItemWrite, Kind, in_order
 from indexes.store import ModelSpec, Store
 
 ROOTS = (Path("/photos/Italy"), Path("/other"))
@@ -456,6 +456,85 @@ def test_a_running_query_does_not_keep_conditions_from_being_asked(world: World)
         next(running)
         assert rows.select(Contains("name", "É")).tolist() == expected(world, Contains("name", "É"))
         assert rows.select(Near(0, 0, 10)).size == 0
+
+
+# ── The k best of what a condition selects ───────────────────────────────────────────────────────
+
+DIM = 16
+SHARES = (0.0, 0.0001, 0.001, 0.01, 0.03, 0.1, 0.5, 0.999, 1.0)
+N = 10_000
+
+
+def unit_rows(count: int, seed: int) -> np.ndarray:
+    """(count, DIM) float32 of which many are equal after rounding."""
+    rows = np.random.default_rng(seed).integers(-2, 3, (count, DIM)).astype(np.float32)
+    rows[:, 0] += 5
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """10,000 pictures whose sizes are 0, 1, …; some removed, some newer than the FAISS files."""
+    images, texts = unit_rows(N, 0), unit_rows(N, 1)
+    sizes = np.random.default_rng(2).permutation(N)
+    path = tmp_path_factory.mktemp("large") / "large.lib"
+    with Store.create(path, ModelSpec("toy", DIM, "toy-fingerprint")) as store:
+        with store.writer() as writer:
+            root = writer.add_root(path.parent)
+            for start, stop in ((0, 9_000), (9_000, N)):
+                writer.write(
+                    root,
+                    [
+                        ItemWrite(
+                            file=f"{n}.jpg",
+                            size=int(sizes[n]),
+                            mtime_ns=1,
+                            content_hash=n.to_bytes(4, "big"),
+                            width=8,
+                            height=8,
+                            captions=(CaptionRow(f"number {n}", "given"),) * (n % 2),
+                            image_embedding=images[n],
+                            caption_embeddings=texts[n, None] if n % 2 else None,
+                        )
+                        for n in range(start, stop)
+                    ],
+                )
+                if start == 0:
+                    writer.finish()
+            writer.remove(range(1, 200, 20))
+        yield store
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", ["image", "caption"])
+def test_there_are_k_results_at_every_selectivity_and_they_are_the_best(
+    large: Store, kind: Kind, share: float
+) -> None:
+    selected = large.select(Compare("size", "<", round(share * N)))
+    assert len(selected) >= share * N - 10
+    with large.snapshot() as rows:
+        ids = selected if kind == "image" else np.array(rows.caption_ids(selected), dtype=np.int64)
+        stored = rows.embeddings(kind, ids.tolist())
+    for queries, k in ((unit_rows(1, 3), 10), (unit_rows(9, 4), 3), (unit_rows(1, 5), 400)):
+        matches = large.search(kind, queries, k, among=np.random.default_rng(6).permutation(ids))
+        for query, match in zip(queries, matches, strict=True):
+            scores = {
+                owner: np.float32((vector.astype(np.float64) * query).sum())
+                for owner, vector in stored.items()
+            }
+            best = sorted(scores, key=lambda owner: (-scores[owner], owner))[:k]
+            assert match.ids.tolist() == best
+            assert match.scores.tolist() == [scores[owner] for owner in best]
+
+
+def test_captions_of_many_pictures_are_those_of_each(large: Store) -> None:
+    with large.snapshot() as rows:
+        ids = np.array(rows.item_ids())[::-1]
+        several = rows.caption_ids(ids)
+        one_by_one = [one for item_id in sorted(ids) for one in rows.caption_ids([int(item_id)])]
+        assert len(several) > 4_000
+        assert several == one_by_one
+        assert rows.caption_ids(ids[:100]) == rows.caption_ids(sorted(ids[:100].tolist()))
 
 
 def test_further_columns_are_counted_by_picture(world: World) -> None:
