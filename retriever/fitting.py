@@ -82,7 +82,7 @@ class _Words:
         for term, place, times in _terms(rows):
             gathered.setdefault(term, []).append((place, times))
             lengths[place] += times
-        damping = words.K1 * (1 - B + B * lengths / (lengths.mean() or 1.0))
+        damping = words.K1 * (1 - B + B * lengths / (lengths.sum() / max(1, len(rows)) or 1.0))
         idf: dict[str, float] = {}
         found: dict[str, tuple[Places, Scores]] = {}
         for term, pairs in gathered.items():
@@ -387,7 +387,7 @@ def _fitted(channels: Scores, own: Places, seed: int) -> Fusion:
     prior = np.array(PRIOR) / spread
     known = np.where(has_none, -np.inf, 0.0).astype(np.float32)
     filled = np.nan_to_num(channels, nan=0.0)
-    weights = _likeliest(filled, own, prior, 1 / spread, known)
+    weights = _likeliest(filled, own, prior, 1 / spread, np.zeros(3), known)
     total = weights.sum()
     if not total > 0:
         return FALLBACK
@@ -403,6 +403,7 @@ def _fitted(channels: Scores, own: Places, seed: int) -> Fusion:
         own,
         np.array([BARE_PRIOR[0], BARE_PRIOR[1] / spread[0]]),
         np.array([3.0, 1 / spread[0]]),
+        np.array([-np.inf, 0.0]),
         scored,
     )
     fitted = {name: float(weight / total) for name, weight in zip(CHANNELS, weights, strict=True)}
@@ -410,16 +411,15 @@ def _fitted(channels: Scores, own: Places, seed: int) -> Fusion:
 
 
 def _likeliest(
-    features: Scores, own: Places, prior: Any, deviation: Any, offset: Scores
+    features: Scores, own: Places, prior: Any, deviation: Any, least: Any, offset: Scores
 ) -> NDArray[np.float64]:
-    """Factors (c,), none negative, of features (c, q, n) that make softmax choose `own` (q,).
+    """Factors (c,), at least `least`, of features (c, q, n) that make softmax choose `own` (q,).
 
-    The maximum of the posterior under independent normal priors, by Newton's method, each step
-    halved until it climbs. `offset` (q, n) is added to the sum.
+    The maximum of the posterior under independent normal priors, by Newton's method, each step cut
+    off at the bounds and halved until it climbs; a factor at its bound moves only away from it.
+    Bertsekas 1982, "Projected Newton methods". `offset` (q, n) is added to the sum.
     """
     queries = np.arange(len(own))
-    free = np.ones(len(features), dtype=np.bool_)
-    factors = np.array(prior, dtype=np.float64)
 
     def climb(factors: NDArray[np.float64]) -> tuple[float, Scores]:
         logits = np.tensordot(factors.astype(np.float32), features, 1) + offset
@@ -431,6 +431,7 @@ def _likeliest(
         likelihood = float(chosen.sum(dtype=np.float64) - np.log(totals).sum(dtype=np.float64))
         return likelihood - 0.5 * float((((factors - prior) / deviation) ** 2).sum()), chances
 
+    factors = np.array(prior, dtype=np.float64)
     height, chances = climb(factors)
     for _ in range(STEPS):
         means = np.stack([(chances * one).sum(axis=1) for one in features])
@@ -439,26 +440,22 @@ def _likeliest(
         for row, one in enumerate(features):
             weighted = chances * one
             for column in range(row, len(features)):
-                product = float(np.vdot(weighted, features[column])) - float(
-                    np.vdot(means[row], means[column])
-                )
-                curve[row, column] += product
+                curve[row, column] += float(np.vdot(weighted, features[column]))
+                curve[row, column] -= float(np.vdot(means[row], means[column]))
                 curve[column, row] = curve[row, column]
+        free = (factors > least) | (slope > 0)
         step = np.zeros(len(factors))
         step[free] = np.linalg.solve(curve[np.ix_(free, free)], slope[free])
-        length = 1.0
-        while length > 1e-3:
-            tried = factors + length * step
-            reached, there = climb(np.maximum(tried, 0.0))
-            if reached >= height:
-                break
+        length, gained = 1.0, 0.0
+        while gained <= 0 and length > 1e-3:
+            tried = np.maximum(factors + length * step, least)
+            reached, there = climb(tried)
+            gained = reached - height
             length /= 2
-        else:
+        if gained <= 0:
             break
-        # What would go below nothing is worth nothing, and stays so.
-        free &= tried > 0
-        gained, height, chances, factors = reached - height, reached, there, np.maximum(tried, 0.0)
-        if gained < 1e-3 or not free.any():
+        factors, height, chances = tried, reached, there
+        if gained < 1e-3:
             break
     return factors
 
