@@ -46,7 +46,7 @@ MAX_ASPECT = 4  # beyond, a picture is squeezed: 65 copies of it are in memory
 SPAN = 3  # cells that a patch covers, on each side
 OVERLAY_SIDE = 640  # pixels, at most
 # A smaller fall of the cosine is no finding: it is not stretched over all colours.
-LEAST_PEAK = 0.02
+LEAST_PEAK = 0.05
 
 
 @dataclass(frozen=True, slots=True)

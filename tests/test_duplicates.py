@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from test_benchmarks import run_benchmark, run_script
 from test_cli import lines, run
 
 from indexes.records import ItemRow, ItemWrite, ModelSpec
@@ -302,3 +303,24 @@ def test_duplicates_of_a_library_without_any_says_so(tmp_path: Path) -> None:
     result = run("duplicates", library=path)
     assert result.stdout.startswith("No duplicates in ")
     assert lines(run("duplicates", "--json", library=path)) == []
+
+
+# ── the benchmark ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_benchmark_in_small_form(library: Path, tmp_path: Path) -> None:
+    record = run_benchmark("duplicates", library.with_suffix(""), "--altered", 2, folder=tmp_path)
+    altered = {one["alteration"]: one for one in record["numbers"]["altered"]}
+    assert altered["JPEG, quality 30"]["hash"] == 1
+    assert altered["mirrored"]["hash"] == 0
+    for one in altered.values():
+        assert 0 <= one["both"] <= min(one["hash"], one["embedding"])
+    pairs = record["numbers"]["pairs"]
+    # The street in four files has six pairs.
+    assert pairs["both"] == pairs["hash"] == 6
+    assert record["data"]["pictures"] == 5
+
+
+def test_the_benchmark_without_the_data_is_no_failure(tmp_path: Path) -> None:
+    done = run_script("duplicates", tmp_path / "nowhere")
+    assert "nowhere is not here" in done.stderr

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ToyEncoder, paint
+from conftest import COLOURS, ToyEncoder, paint
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_benchmarks import run_benchmark, run_script
 
 from indexes.store import Store
 from retriever.asking import Query
@@ -320,3 +321,33 @@ def test_maps_are_written_by_rank_and_name_and_a_lost_picture_is_noted(
     assert len(notes) == 1
     assert "gone.png" in notes[0]
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+# ── the benchmark ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_benchmark_in_small_form(tmp_path: Path) -> None:
+    for colour in COLOURS:
+        picture = paint(tmp_path / "p" / f"{colour}.png", colour, side=32)
+        picture.with_suffix(".txt").write_text(f"all is {colour}", encoding="utf-8")
+    options = ("--split", "", "--mosaics", 1, "--resamples", 9)
+    numbers = run_benchmark("heat_maps", tmp_path / "p", *options, folder=tmp_path)["numbers"]
+    for one in (*numbers["mosaics"].values(), *numbers["falls"].values()):
+        low, high = one["interval"]
+        assert low <= one["mean"] <= high
+    assert 0 <= numbers["mosaics"]["heat"]["mean"] <= 1
+    assert numbers["cpu_ms_per_map"] > 0
+
+
+def test_a_peak_in_its_quarter_counts_and_so_does_the_heat_there() -> None:
+    from heat_maps import pointed
+
+    heat = np.array([[3, -5], [0, 1]], dtype=np.float32).repeat(4, axis=0).repeat(4, axis=1)
+    assert pointed(heat, 0) == {"peak": 1, "heat": 0.75}
+    assert pointed(heat, 3) == {"peak": 0, "heat": 0.25}
+    assert pointed(heat, 1) == {"peak": 0, "heat": 0}
+
+
+def test_the_benchmark_without_the_data_is_no_failure(tmp_path: Path) -> None:
+    done = run_script("heat_maps", tmp_path / "nowhere")
+    assert "nowhere is not here" in done.stderr
