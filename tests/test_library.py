@@ -227,3 +227,113 @@ def test_an_index_that_finds_no_room_is_a_problem_not_a_failure(
         report = library.index(tmp_path / "pictures")
         assert report.added == 1
         assert report.problems == ("the disk is full",)
+
+
+# ── what is measured of a library, and what can be asked of it ───────────────────────────────────
+
+
+@pytest.fixture
+def many(tmp_path: Path, toy_encoder: ToyEncoder) -> Library:
+    """A dozen pictures, the even ones with two captions each, in a library that was measured."""
+    for number, colour in enumerate(["red", "green", "blue", "yellow", "cyan", "white"] * 2):
+        path = paint(tmp_path / f"many/{colour}{number:02}.png", colour, side=8 + number)
+        if number % 2 == 0:
+            path.with_suffix(".txt").write_text(f"a {colour} square\nall {colour} here\n")
+    library = Library.create(tmp_path / "many.lib", encoder=toy_encoder)
+    library.index(tmp_path / "many")
+    return library
+
+
+def fitted(library: Library) -> int | None:
+    """The change up to which a library was measured."""
+    with library._store.snapshot() as rows:
+        fit = rows.fit()
+    return fit.change if fit else None
+
+
+def test_index_measures_a_library_and_again_when_it_changed(
+    many: Library, toy_encoder: ToyEncoder, tmp_path: Path
+) -> None:
+    first = fitted(many)
+    assert first is not None
+    assert all(hit.confidence is not None for hit in many.search("red"))
+    seen = toy_encoder.texts_seen
+    assert many.index(tmp_path / "many").unchanged == 12
+    assert (fitted(many), toy_encoder.texts_seen) == (first, seen)
+    paint(tmp_path / "many/new.png", "red", side=50)
+    many.index()
+    assert fitted(many) == first
+    for number in range(3):
+        paint(tmp_path / f"many/newer{number}.png", "blue", side=60 + number)
+    many.index()
+    assert fitted(many) > first
+
+
+def test_few_pictures_are_answers_without_a_confidence(library: Library) -> None:
+    assert fitted(library) is None
+    answer = library.search("red")
+    assert (answer.mode, answer.is_match, answer[0].confidence) == ("image", None, None)
+    library.optimize()
+    assert fitted(library) is not None
+    assert library.search("red")[0].confidence is not None
+
+
+def test_an_encoder_that_is_gone_is_a_problem_of_index_not_a_failure(
+    many: Library, tmp_path: Path
+) -> None:
+    many.close()
+    for picture in sorted((tmp_path / "many").glob("*.png"))[:6]:
+        picture.unlink()
+    with Library.open(many.path) as reopened:
+        report = reopened.index()
+        assert report.removed == 6
+        assert len(report.problems) == 1
+        assert "toy" in report.problems[0]
+
+
+def test_measuring_stops_when_index_is_stopped(
+    many: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fitted(many)
+    for number in range(6):
+        paint(tmp_path / f"many/more{number}.png", "red", side=70 + number)
+    asked = []
+    monkeypatch.setattr("retriever.fitting.fit", lambda *_, stop: asked.append(stop))
+    many.index(stop=lambda: False)
+    assert len(asked) == 1
+    assert fitted(many) == before
+
+
+def test_filters_are_typed_as_text(many: Library) -> None:
+    hits = many.search("red", where="name like red* and width > 8")
+    assert [hit.path.name for hit in hits] == ["red06.png"]
+    captions = many.captions_for(hits[0].path, where="name like blue*")
+    assert {hit.caption for hit in captions} == {"a blue square", "all blue here"}
+    with pytest.raises(UsageError, match="colour"):
+        many.search("red", where="colour = 3")
+
+
+def test_a_text_has_parts_and_things_to_leave_out(many: Library) -> None:
+    both = many.search("red + green", k=1)
+    assert both[0].path.stem.startswith("yellow")
+    shown = {hit.path.stem[:-2] for hit in many.search("green", without="red", k=20)}
+    assert "green" in shown
+    assert not {"red", "yellow", "white"} & shown
+    assert many.search("green", text_weight=2, k=3).hits == many.search("green", k=3).hits
+
+
+def test_copies_collapse_unless_all_are_asked_for(
+    library: Library, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    (tiny_pairs / "again.png").write_bytes((tiny_pairs / "red.png").read_bytes())
+    library.index(tiny_pairs)
+    first = library.search("red", k=2)
+    assert [hit.duplicates for hit in first] == [1, 0]
+    assert len(library.search("red", k=99, all=True)) == len(library.search("red", k=99)) + 1
+
+
+def test_a_mode_is_chosen_for_one_search(many: Library) -> None:
+    for mode in ("image", "caption", "words", "hybrid"):
+        answer = many.search("all red", mode=mode, k=2)
+        assert answer.mode == mode
+        assert "red" in answer[0].path.stem
