@@ -15,7 +15,8 @@ Queries without unwanted answers are left out of account. This is asked twice: o
 as if the library had no captions; and with captions, each picture's in turn being kept from the
 library, which then is the only judge of what it shows, while what it does not show is still told by
 all. By that a caption's words can err only by letting something pass. Pictures are ranked by their
-cosine, with captions by the mean of it and of the nearest caption's.
+cosine, with captions by the mean of it and of the nearest caption's. At last the library itself is
+asked, in the way that it answers by default, and judged by the captions that it does not have.
 
 **What is added.** Two texts, or a text and a picture that shows one thing and not the other: the
 share of pictures that show both among the first ten, or among as many as there are.
@@ -30,7 +31,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from retriever import metrics
 from retriever.asking import Query, thing
 from retriever.composing import Composed, compose
 from retriever.encoders import Encoder
+from retriever.library import Library
 
 Ids = NDArray[np.int64]
 Rows = NDArray[np.float32]
@@ -167,7 +169,8 @@ THINGS: Mapping[str, tuple[str, str]] = {
 class World:
     """Pictures with their captions; of each, `owners` has the picture's place.
 
-    images: (n, d). captions: (m, d). texts: m. numbers: (m,) which of its picture's it is.
+    images: (n, d). paths: (n). captions: (m, d). texts: (m). numbers: (m,) which of its picture's
+    each caption is.
     """
 
     images: Rows
@@ -175,6 +178,7 @@ class World:
     texts: tuple[str, ...]
     owners: Ids
     numbers: Ids
+    paths: tuple[Path, ...] = ()
 
     @cached_property
     def said(self) -> Mapping[str, Flags]:
@@ -248,7 +252,12 @@ def read_world(library: Path, encoder: Encoder, asked: Sequence[str] = ()) -> Wo
         numbers += [len(item.captions) for item in items]
         captions = np.concatenate([captions, encoder.encode_texts(asked)])
     return World(
-        images, captions, (*texts, *asked), np.array(owners, np.int64), np.array(numbers, np.int64)
+        images,
+        captions,
+        (*texts, *asked),
+        np.array(owners, np.int64),
+        np.array(numbers, np.int64),
+        tuple(item.path for item in items),
     )
 
 
@@ -304,7 +313,7 @@ class Judged:
         }
 
 
-WITHOUT = "left out (`--without`)"
+WITHOUT = "left out, as `--without` does"
 WAYS = (
     'asked as "A without B"',
     "subtracted by half",
@@ -320,10 +329,12 @@ class _Tally:
 
     def __init__(self, n: int) -> None:
         self._counts = {way: np.zeros((5, n), np.int64) for way in WAYS}
+        self._measured: set[str] = set()
         self.queries = 0
 
     def add(self, before: Ids, after: Mapping[str, Ids], unwanted: Flags, wanted: Flags) -> None:
         """One query's first answers, if any of them was unwanted."""
+        self._measured |= after.keys()
         if not unwanted[before].any():
             return
         self.queries += 1
@@ -339,7 +350,7 @@ class _Tally:
 
     def judged(self) -> dict[str, Judged]:
         """Ways that were measured."""
-        return {way: Judged(*counts) for way, counts in self._counts.items() if counts.any()}
+        return {way: Judged(*self._counts[way]) for way in WAYS if way in self._measured}
 
 
 def measure_exclusion(
@@ -388,6 +399,26 @@ def measure_exclusion(
         }
         for name, tally in (("pictures", alone), ("captions", both))
     }
+
+
+def measure_library(library: Library, world: World, *, resamples: int, seed: int) -> dict[str, Any]:
+    """What the library itself leaves out, by the last caption of each picture, which it has not."""
+    place_of = {path: place for place, path in enumerate(world.paths)}
+    last = np.bincount(world.owners, minlength=len(world.images)) - 1
+    judge = world.numbers == last[world.owners]
+    tally = _Tally(len(world.images))
+    for one, other in world.pairs():
+        query = Query(texts=((one, 1.0),))
+        before, after = (
+            np.array([place_of[hit.path] for hit in library.searcher.images(each, K, all=True)],
+                     dtype=np.int64)
+            for each in (query, replace(query, without=(other,)))
+        )  # fmt: skip
+        shows = _any(world.said[other][judge], world.owners[judge], world)
+        has_one = _any(world.said[one][judge], world.owners[judge], world)
+        tally.add(before, {WITHOUT: after}, shows, has_one & world.lacks[other])
+    shares = tally.judged()[WITHOUT].shares
+    return {"queries": tally.queries} | intervals(shares, len(world.images), resamples, seed)
 
 
 def _without(encoder: Encoder, one: str, other: str) -> Composed:
@@ -622,21 +653,24 @@ def _recalls(ranks: Mapping[str, Ids]) -> Statistic:
 
 
 def measure(
-    library: Path, encoder: Encoder, asked: Sequence[str] = (), *, resamples: int, seed: int
+    library: Path, encoder: Encoder, asked: Sequence[str], *, resamples: int, seed: int
 ) -> dict[str, Any]:
     """Each section's numbers, and `table`, the same as Markdown.
 
     Args:
-        library: its folder.
+        library: its folder; its pictures have captions.
         encoder: of the model that made it.
-        asked: a further caption of each picture, in the order of their names.
+        asked: a caption of each picture that the library has not, in the order of their names.
         resamples: of the bootstrap.
         seed: of the bootstrap, and of which pictures are asked with.
     """
     world = read_world(library, encoder, asked)
     drawn = {"resamples": resamples, "seed": seed}
+    with Library.open(library, encoder) as opened:
+        in_library = measure_library(opened, world, **drawn)
     numbers: dict[str, Any] = {
         "exclusion": measure_exclusion(world, encoder, **drawn),
+        "library": in_library,
         "sums": measure_sums(world, encoder, **drawn),
         "texts": measure_texts(world, encoder, **drawn),
     }
@@ -656,7 +690,9 @@ def tables_of(numbers: Mapping[str, Any]) -> str:
             + [_cell(one[way][name]) if way in one else "" for one in (alone, both)
                for name in columns]
             for way in WAYS if way in alone or way in both
-        ],
+        ]
+        + [["asked of the library itself", "", "", ""]
+           + [_cell(numbers["library"][name]) for name in columns]],
     )  # fmt: skip
     added = format_table(
         ["A and B, both found", "queries", "added", "as a library does", "difference"],
@@ -682,8 +718,8 @@ def tables_of(numbers: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             excluded,
-            f"{alone['queries']:,} queries to pictures alone, {both['queries']:,} with captions;"
-            " of the first ten answers.",
+            f"{alone['queries']:,} queries to pictures alone, {both['queries']:,} with captions,"
+            f" {numbers['library']['queries']:,} to the library; of the first ten answers.",
             added,
             f"The gap between the modalities is {gaps[0]:.2f} as measured, {gaps[1]:.2f} where one"
             " was put in.",

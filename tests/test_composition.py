@@ -165,8 +165,12 @@ def test_a_library_is_measured(composition: ModuleType, tmp_path: Path) -> None:
         assert library.index(folder).added == len(CAPTIONS)
     numbers = composition.measure(tmp_path / "c.lib", encoder, asked, resamples=5, seed=0)
     assert numbers["table"].count("\n| ") > 10
-    for way in (*composition.WAYS, "two texts", "5 sentences: by sentences"):
+    rows = ("asked of the library itself", "two texts", "5 sentences: by sentences")
+    for way in (*composition.WAYS, *rows):
         assert f"| {way} " in numbers["table"]
+    assert numbers["library"]["queries"] > 0
+    assert numbers["library"]["removed"]["value"] == 100
+    assert numbers["library"]["lost"]["value"] == 0
     assert numbers["sums"]["the same with a gap"]["gap"] > 0.5
     with pytest.raises(ValueError, match="1 captions for 46 pictures"):
         composition.read_world(tmp_path / "c.lib", encoder, ["one"])
