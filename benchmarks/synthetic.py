@@ -24,7 +24,8 @@ of `mini`: with it 1-bit codes need three times the candidates for texts, so no 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from indexes.records import CaptionRow, ItemWrite
+from indexes.records import CaptionRow, Extras, ItemWrite
 from indexes.store import ModelSpec, Store
 
 Vectors = NDArray[np.float32]
@@ -47,8 +48,13 @@ MEAN = 0.7  # length of the mean of a modality; pictures have a cosine of about 
 GAP = 0.82  # between the two means
 # Principal variances fall as exp(-j / 14), and over a longer tail 15 % of them as exp(-4 j / d).
 HEAD, TAIL = 14.0, 0.15
-PICTURES, IMAGE_QUERIES, TEXT_QUERIES, CAPTIONS = range(4)  # streams of random numbers
-WORDS = ("a dog runs on the beach", "two people at a table", "a red car", "snow on the hills")
+PICTURES, IMAGE_QUERIES, TEXT_QUERIES, CAPTIONS, WORDS, FACTS = range(6)  # streams of numbers
+# Captions have so many words of so many that there are, the r-th as often as 1 / r (Zipf).
+LENGTH, VOCABULARY = 12, 20_000
+SYLLABLES = [first + second for first in "bdfgjklmnprstvwxyzqh" for second in "aeiou"]
+CAMERAS = ("NIKON D90", "Canon EOS 5D", "Apple iPhone 12", None)
+SIDES = (480, 640, 1080, 1920, 4000)
+FIRST_TAKEN = datetime(2005, 1, 1)
 
 
 class World:
@@ -146,7 +152,9 @@ def fill_store(
     """A new library at `path` with n made-up pictures, each with so many captions.
 
     None of the files is there; everything else is as after `retriever index`, so that texts and
-    pictures can be searched with the model: `mini` unless another is given.
+    pictures can be searched with the model: `mini` unless another is given. Captions are of
+    made-up words (`word`), a quarter of the pictures have a place, and all have the columns "stars"
+    and "series".
     """
     model = model if model is not None else mini_model()
     here = world(model.dim, seed)
@@ -162,10 +170,18 @@ def fill_store(
                 or [np.empty((m, model.dim), dtype=np.float32)],
                 axis=1,
             )
+            ranks = VOCABULARY ** here.rng(WORDS, block).random((m, captions, LENGTH))
+            numbers = here.rng(FACTS, block).random((m, 4))
             writer.write(
                 root_id,
                 [
-                    _item(block * BLOCK + row, images[row], texts[row, :captions])
+                    _item(
+                        block * BLOCK + row,
+                        images[row],
+                        texts[row, :captions],
+                        [" ".join(map(word, said)) for said in ranks[row].astype(int).tolist()],
+                        numbers[row].tolist(),
+                    )
                     for row in range(m)
                 ],
             )
@@ -173,15 +189,33 @@ def fill_store(
         writer.finish()
 
 
-def _item(number: int, image: Vectors, texts: Vectors) -> ItemWrite:
-    said = [f"{WORDS[(number + place) % len(WORDS)]}, {number}" for place in range(len(texts))]
+def word(rank: int) -> str:
+    """The made-up word that is the rank-th most frequent, from 1 on."""
+    syllables = SYLLABLES[rank % len(SYLLABLES)]
+    while rank := rank // len(SYLLABLES):
+        syllables += SYLLABLES[rank % len(SYLLABLES)]
+    return syllables
+
+
+def _item(
+    number: int, image: Vectors, texts: Vectors, said: Sequence[str], random: Sequence[float]
+) -> ItemWrite:
+    one, two, three, four = random
+    place = (180 * two - 90, 360 * three - 180) if one < 0.25 else (None, None)
+    extras: Extras = (("series", f"series {number // 50}"), ("stars", float(int(5 * four) + 1)))
     return ItemWrite(
         file=f"{number // 1000:05d}/{number:08d}.jpg",
         size=100_000 + number,
         mtime_ns=1_700_000_000_000_000_000 + number,
         content_hash=number.to_bytes(16, "little"),
-        width=640,
-        height=480,
+        width=SIDES[int(len(SIDES) * two)],
+        height=SIDES[int(len(SIDES) * three)],
+        taken=FIRST_TAKEN + timedelta(days=7300 * one),
+        camera=CAMERAS[int(len(CAMERAS) * four)],
+        latitude=place[0],
+        longitude=place[1],
+        perceptual_hash=int(one * 2.0**63) ^ number,
+        extras=extras,
         captions=tuple(CaptionRow(text, "sidecar") for text in said),
         image_embedding=image,
         caption_embeddings=texts if len(texts) else None,

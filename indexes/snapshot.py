@@ -62,8 +62,6 @@ BUSY_SECONDS = 30
 IN_CHUNK = 500
 # No encoder has more dimensions, and a damaged number must not ask for all memory.
 MAX_DIM = 1 << 16
-# From so many items on, one reading of all captions' ids costs less than looking for each.
-MANY = 5_000
 # Vectors read at a time while building an index: 4096 x 512-d are 4 MiB.
 VECTOR_CHUNK = 4096
 
@@ -685,18 +683,13 @@ class Snapshot:
         return {row_id: (item_id, CaptionRow(*caption)) for row_id, item_id, *caption in rows}
 
     def caption_ids(self, item_ids: Collection[int] | Ids) -> list[int]:
-        """Ids of the captions of these items, in the order of their positions."""
-        if len(item_ids) < MANY:
-            given = item_ids.tolist() if isinstance(item_ids, np.ndarray) else item_ids
-            rows = self._among(
-                "SELECT item_id, position, id FROM captions WHERE item_id IN (:values)", given
-            )
-            return [caption_id for _, _, caption_id in sorted(rows)]
-        # All of them, in the order of an index that has all that is asked for.
-        every = _numbers(self._each("SELECT item_id, id FROM captions ORDER BY item_id, position"))
-        wanted = np.fromiter(item_ids, dtype=np.int64, count=len(item_ids))
-        found: list[int] = every[np.isin(every[:, 0], wanted), 1].tolist()
-        return found
+        """Ids of the captions of these items, by item and position; quick for 100,000 items."""
+        rows = self._each(
+            "SELECT id FROM captions WHERE item_id IN (SELECT value FROM json_each(:ids))"
+            " ORDER BY item_id, position",
+            ids=words.listed(item_ids),
+        )
+        return [caption_id for (caption_id,) in rows]
 
     def extra_keys(self) -> dict[str, int]:
         """The further columns that captions files had, and how many items have each."""
@@ -905,11 +898,6 @@ def _index_file(
     name: str, generation: int, change: int, rows: int, size_bytes: int, checksum: str
 ) -> IndexFile:
     return IndexFile(name, generation, change, rows, FileStamp(size_bytes, checksum))
-
-
-def _numbers(rows: Iterable[tuple[int, int]]) -> NDArray[np.int64]:
-    """(n, 2) int64."""
-    return np.array(list(rows), dtype=np.int64).reshape(-1, 2)
 
 
 def _by_item(rows: Iterable[tuple[int, str, str]]) -> dict[int, tuple[CaptionRow, ...]]:

@@ -31,6 +31,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -49,9 +50,11 @@ K1 = 1.2
 LEAST_IDF = 1e-6
 
 # A word is common, and left out beside rarer ones, if it stands in more than this share of the
-# items and in more than so many: reading its places would take longer than all the rest.
+# items and in more than so many: it tells little, and to read its places takes longest.
 COMMON_SHARE, COMMON = 0.1, 10_000
-SCORED = 200_000  # items scored for one query, at most: the first of those that match
+# Items scored for a query, at most, which takes about 0.15 s. Words of which that would be more are
+# left out beside rarer ones; of one that is alone, the first items are taken.
+SCORED = 100_000
 # Misspelt words are looked for among those with the same first letter; in libraries of up to so
 # many items, then among all.
 ALL_LETTERS = 50_000
@@ -118,6 +121,8 @@ def _pieces(word: str, names: bool) -> list[str]:
     """A word's parts between underscores; of a name, also between letters, digits and cases."""
     if not names:
         return [piece for piece in word.split("_") if piece]
+    if word.isdecimal() or (word.isalpha() and word[1:].islower()):  # most are
+        return [word]
     pieces = [""]
     for place, letter in enumerate(word):
         before, after = word[place - 1 : place], word[place + 1 : place + 2]
@@ -157,8 +162,14 @@ def row(item_id: int, captions: Iterable[str], file: str = "", root: str = "") -
         item_id,
         _spread(captions, names=False),
         spread(name, names=True),
-        spread(f"{root}/{folder}", names=True),
+        _folders(f"{root}/{folder}"),
     )
+
+
+@lru_cache(maxsize=256)
+def _folders(path: str) -> str:
+    """The same for all files of a folder, which come one after the other."""
+    return spread(path, names=True)
 
 
 def put(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
@@ -170,7 +181,7 @@ def put(connection: sqlite3.Connection, rows: Iterable[Row]) -> None:
 
 def remove(connection: sqlite3.Connection, ids: Collection[int]) -> None:
     """Delete the rows of these items."""
-    connection.execute(f"DELETE FROM words WHERE rowid IN {_GIVEN}", {"ids": _listed(ids)})
+    connection.execute(f"DELETE FROM words WHERE rowid IN {_GIVEN}", {"ids": listed(ids)})
 
 
 def follow(connection: sqlite3.Connection, ids: Collection[int]) -> None:
@@ -234,15 +245,15 @@ _WAY_OUT = "`retriever repair` makes them again"
 _GIVEN = "(SELECT value FROM json_each(:ids))"
 
 
-def _listed(ids: Iterable[int] | NDArray[np.int64]) -> str:
-    """Ids as one value of a statement, which takes any number of them."""
-    return json.dumps(ids.tolist() if isinstance(ids, np.ndarray) else list(ids))
+def listed(ids: Iterable[int] | NDArray[np.int64]) -> str:
+    """Ids as one value of a statement, which takes any number of them so; see `_GIVEN`."""
+    return json.dumps(ids.tolist() if isinstance(ids, np.ndarray) else list(map(int, ids)))
 
 
 def _expected(connection: sqlite3.Connection, ids: Collection[int] | None = None) -> Iterator[Row]:
     """The rows that items should have, or these items, ascending."""
     which = "" if ids is None else f"AND items.id IN {_GIVEN}"
-    values = {} if ids is None else {"ids": _listed(ids)}
+    values = {} if ids is None else {"ids": listed(ids)}
     texts = groupby(
         connection.execute(
             "SELECT item_id, text FROM captions JOIN items ON items.id = item_id"
@@ -277,8 +288,7 @@ def search(
     """The items that have most of a query's words, at most `limit`; `among`: those ids alone.
 
     Words that no item has are taken for the nearest that one has, and common words are left out
-    beside rarer ones; `terms` says which. Where more than SCORED items match, the first of them,
-    by id, are scored.
+    beside rarer ones; `terms` says which.
     """
     plan = _Plan.of(connection, text)
     found = plan.scored(connection, among, limit)
@@ -347,8 +357,15 @@ class _Plan:
             _term(connection, words[stem], stem, count, total) for stem, count in counts.items()
         ]
         few = max(COMMON, COMMON_SHARE * total)
-        has_rare = any(0 < term.count <= few for term in spelt)
-        terms = [replace(term, left_out=has_rare and term.count > few) for term in spelt]
+        has_rare, so_far = any(0 < term.count <= few for term in spelt), 0
+        kept = set()
+        for term in sorted(spelt, key=lambda term: term.count):
+            if not so_far or (
+                so_far + term.count <= SCORED and not (has_rare and term.count > few)
+            ):
+                kept.add(term)
+                so_far += term.count
+        terms = [replace(term, left_out=term not in kept) for term in spelt]
         counted = [term for term in terms if not term.left_out]
         used = tuple(term for term in counted if term.count)
         most = (K1 + 1) * sum(_idf(total, term.count) for term in counted)
@@ -371,7 +388,7 @@ class _Plan:
             " ORDER BY score DESC, id LIMIT :limit",
             {
                 "asks": " OR ".join(map(_quoted, self.words)),
-                "ids": None if among is None else _listed(among),
+                "ids": None if among is None else listed(among),
                 "limit": limit,
             },
         ).fetchall()
