@@ -6,7 +6,6 @@ Results go to stdout, progress and warnings to stderr. Exit status: 0 done, 1 fa
 """
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
-from retriever import __version__, upkeep
+from retriever import __version__, finding, upkeep
 from retriever.errors import MissingExtraError, UsageError
 from retriever.models import DEFAULT_MODEL
 from retriever.settings import OBJECTIVES, TEXT_TOWERS, TrainConfig
@@ -27,6 +26,7 @@ from retriever.terminal import (
     Command,
     Commands,
     Progress,
+    answer_lines,
     duration,
     encoder_options,
     if_interrupted,
@@ -45,7 +45,6 @@ from retriever.terminal import (
 
 if TYPE_CHECKING:
     from retriever.data import CaptionReport
-    from retriever.library import Library
     from retriever.models import ModelInfo
     from retriever.training import EpochLog
 
@@ -194,133 +193,6 @@ def _some(what: str, names: tuple[str, ...]) -> Iterable[str]:
 
 
 @main.command()
-@click.argument("text", nargs=-1)
-@click.option("--image", type=FILE, help="A picture to ask with, alone or besides TEXT.")
-@click.option("-k", type=click.IntRange(min=1), default=10, help="Answers wanted.")
-@click.option("--text-weight", type=float, default=1.0, help="Of TEXT, beside --image.")
-@click.option("--image-weight", type=float, default=1.0, help="Of --image, beside TEXT.")
-@click.option("--paths", is_flag=True, help="Print nothing but paths, one a line.")
-@click.option("--exact", is_flag=True, help="Look at everything, approximate index or not.")
-@model_option(None, "One of the library's models.", show_default="its default one")
-@library_option
-@encoder_options
-@json_option
-def search(
-    text: tuple[str, ...],
-    image: Path | None,
-    k: int,
-    text_weight: float,
-    image_weight: float,
-    paths: bool,
-    exact: bool,
-    model: str | None,
-    library_path: Path,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Find pictures by a text, by a picture, or by both.
-
-    \b
-    Examples:
-      retriever search "two dogs on the beach"
-      retriever search --image query.jpg -k 3 --paths
-    """
-    words = " ".join(text).strip() or None
-    if words is None and image is None:
-        raise click.UsageError("Say what to look for: TEXT, --image FILE or both.")
-    if paths and as_json:
-        raise click.UsageError("--paths and --json exclude each other.")
-    with open_library(library_path, device, threads, model) as library:
-        hits = library.search(
-            words,
-            image=image,
-            text_weight=text_weight,
-            image_weight=image_weight,
-            k=k,
-            exact=exact,
-        )
-        _warn_of_gaps(library, words)
-    for hit in hits:
-        if paths:
-            click.echo(os.fsencode(hit.path))  # the very bytes, for the next program
-        elif as_json:
-            print_json(
-                {
-                    "rank": hit.rank,
-                    "score": round(hit.score, 6),
-                    "path": str(hit.path),
-                    "caption": hit.caption,
-                    "id": hit.item_id,
-                }
-            )
-        else:
-            click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {shown(hit.path)}")
-            if hit.caption:
-                click.echo(f"            {hit.caption}")
-    _say_if_empty(hits, "pictures", "`retriever index FOLDER` takes them in")
-
-
-@main.command()
-@click.argument("picture", type=FILE)
-@click.option("-k", type=click.IntRange(min=1), default=5, help="Answers wanted.")
-@click.option("--exact", is_flag=True, help="Look at everything, approximate index or not.")
-@model_option(None, "One of the library's models.", show_default="its default one")
-@library_option
-@encoder_options
-@json_option
-def caption(
-    picture: Path,
-    k: int,
-    exact: bool,
-    model: str | None,
-    library_path: Path,
-    device: str,
-    threads: int | None,
-    as_json: bool,
-) -> None:
-    """Find the captions of a library that fit PICTURE best.
-
-    \b
-    Examples:
-      retriever caption query.jpg
-      retriever caption query.jpg -k 1 --json
-    """
-    with open_library(library_path, device, threads, model) as library:
-        hits = library.captions_for(picture, k=k, exact=exact)
-        _warn_of_gaps(library)
-    for hit in hits:
-        if as_json:
-            print_json(
-                {
-                    "rank": hit.rank,
-                    "score": round(hit.score, 6),
-                    "caption": hit.caption,
-                    "path": str(hit.path),
-                    "id": hit.item_id,
-                }
-            )
-        else:
-            click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {hit.caption}")
-    _say_if_empty(hits, "captions", "`retriever index FOLDER --captions FILE` names them")
-
-
-def _warn_of_gaps(library: "Library", text: str | None = None) -> None:
-    """Says what an answer leaves out."""
-    name = library.model.name
-    if count := library.pending:
-        warn(f"{count:,} pictures are not embedded by {name} yet: retriever index --model {name}")
-    if text and library.encoder.is_cut([text])[0]:
-        tokens = library.encoder.max_text_tokens
-        warn(f"the text is longer than the {tokens} tokens that {name} reads: its end is ignored")
-
-
-def _say_if_empty(hits: list[Any], what: str, way_out: str) -> None:
-    if not hits:
-        click.echo(f"There are no {what} in the library: {way_out}.", err=True)
-
-
-@main.command()
 @click.option("--failures", is_flag=True, help="List the pictures that could not be read, and why.")
 @library_option
 @json_option
@@ -348,13 +220,17 @@ def info(failures: bool, library_path: Path, as_json: bool) -> None:
     unread = facts["failures"]
     note = f", {unread:,} of them could not be read (--failures lists them)" if unread else ""
     model = facts["model"]
-    index = "\n          ".join(index_lines(facts["index"]))
+    index, answers = (
+        "\n          ".join(lines)
+        for lines in (index_lines(facts["index"]), answer_lines(facts["answers"]))
+    )
     click.echo(
         f"Library   {shown(library.path)}\n"
         f"Model     {_model_line(model)}\n"
         f"Pictures  {facts['items']:,}{note}\n"
         f"Captions  {facts['captions']:,}\n"
         f"Index     {index}\n"
+        f"Answers   {answers}\n"
         f"Size      {facts['size_bytes'] / 1e6:,.1f} MB on disk"
     )
     for other in facts["models"]:
@@ -415,6 +291,7 @@ def bench(
         click.echo(render(record))
 
 
+finding.add_to(main)
 upkeep.add_to(main)
 
 

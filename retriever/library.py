@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict
 
 from indexes.errors import StoreLockedError, StoreReadOnlyError, WrongModelError
 from indexes.files import absolute
-from indexes.records import DEFAULT_OVERLAP, ModelSpec, SearchPolicy
+from indexes.records import DEFAULT_OVERLAP, ModelSpec, SearchPolicy, StoreInfo
 from retriever.errors import EncoderError, MissingExtraError, UsageError
 from retriever.models import DEFAULT_MODEL
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from indexes.filters import Condition
-    from indexes.records import Kind, RootInfo, StoredModel, StoreInfo
+    from indexes.records import Fit, Kind, RootInfo, StoredModel
     from indexes.store import Store
     from retriever.asking import Query
     from retriever.channels import Mode
@@ -44,6 +44,28 @@ if TYPE_CHECKING:
 
 DEFAULT_K = 10
 SHORTEST_FINGERPRINT = 6  # digits that may stand for a model
+
+
+class AnswersInfo(TypedDict):
+    """How good a library's answers to texts are, by captions of its own that were held out.
+
+    mode: what a text is searched by if nothing else is said. weights: of the channels in mode
+    "hybrid". queries: captions that `measured`, recalls by mode in percent with 95 % intervals,
+    comes from; 0 if there are too few. cut_off: for each mode how well right answers and those to
+    unrelated texts are told apart: `auc`, and `error` of the confidences.
+    """
+
+    mode: str
+    weights: dict[str, float]
+    queries: int
+    measured: dict[str, dict[str, Any]]
+    cut_off: dict[str, dict[str, float]]
+
+
+class LibraryInfo(StoreInfo):
+    """What `Library.info` tells."""
+
+    answers: AnswersInfo | None
 
 
 class Library:
@@ -304,7 +326,7 @@ class Library:
 
     def search(
         self,
-        text: str | None = None,
+        text: str | Query | None = None,
         *,
         image: str | Path | Image.Image | None = None,
         text_weight: float = 1.0,
@@ -323,8 +345,8 @@ class Library:
 
         Args:
             text: what the pictures should show; it may have parts, as `retriever.asking` reads
-                them. What stands in quotation marks must be among a picture's words; those that
-                have a name in it, like IMG_2041, come first.
+                them, or be such a query. What stands in quotation marks must be among a picture's
+                words; those that have a name in it, like IMG_2041, come first.
             image: a file, or a picture in memory.
             text_weight: how much the text counts if both are given; negative pushes away.
             image_weight: the same for the picture.
@@ -413,9 +435,14 @@ class Library:
             writer.finish()
         return len(ids)
 
-    def info(self) -> StoreInfo:
-        """Counts of items, captions and failures; the model; generation, index and size."""
-        return self._store.info()
+    def info(self) -> LibraryInfo:
+        """Counts of items, captions and failures; the model; generation, index and size; answers.
+
+        `answers` is what was measured of these (see `retriever.fitting`); None: nothing was yet.
+        """
+        with self._store.snapshot() as rows:
+            fit = rows.fit()
+        return {**self._store.info(), "answers": _measured(fit) if fit else None}
 
     def failures(self) -> list[Failure]:
         """Pictures that could not be read when they were last looked at, and why."""
@@ -667,6 +694,22 @@ class Library:
         self._store.rebuild()
 
 
+def _measured(fit: Fit) -> AnswersInfo:
+    channels = fit.facts["channels"]
+    texts = fit.facts["calibration"]["texts"]
+    return {
+        "mode": channels["default"],
+        "weights": channels["weights"],
+        "queries": channels["queries"],
+        "measured": channels["measured"],
+        "cut_off": {
+            mode: {"auc": facts["auc"], "error": facts["error"]}
+            for mode, facts in texts.items()
+            if "slope" in facts
+        },
+    }
+
+
 def _load(encoder: str | Encoder, device: str, threads: int | None) -> tuple[Encoder, ModelSpec]:
     """An encoder, and the name under which a library finds it again."""
     if not isinstance(encoder, str):
@@ -690,7 +733,7 @@ def _plain(path: str | Path) -> Path:
 
 
 def _query(
-    text: str | None = None,
+    text: str | Query | None = None,
     image: str | Path | Image.Image | None = None,
     text_weight: float = 1.0,
     image_weight: float = 1.0,
@@ -702,7 +745,7 @@ def _query(
         image = Path(image)
     if isinstance(image, Path):
         image = image.expanduser()
-    typed = parse(text) if text is not None else Query()
+    typed = parse(text) if isinstance(text, str) else text or Query()
     shunned = [without] if isinstance(without, str | Path) else without
     return replace(
         typed,

@@ -203,6 +203,27 @@ def index_lines(index: Mapping[str, Any]) -> list[str]:
     return lines or ["no vectors yet"]
 
 
+def answer_lines(answers: Mapping[str, Any] | None) -> list[str]:
+    """What a text is searched by, and what was measured of that."""
+    if not answers or not answers["queries"]:
+        way_out = "`retriever optimize` measures it" if not answers else "too few captions to tell"
+        return [f"by pictures; what captions and words would add is not known: {way_out}"]
+    by = "by pictures, captions and words" if answers["mode"] == "hybrid" else "by pictures"
+    found = ", ".join(
+        f"{recalls['r@1']:.0f} % by {mode}" for mode, recalls in answers["measured"].items()
+    )
+    lines = [
+        f"{by}, measured with {answers['queries']:,} captions held out, whose picture comes",
+        f"  first: {found}",
+    ]
+    if told := answers["cut_off"].get(answers["mode"]):
+        lines.append(
+            f"  right answers and those to unrelated texts are told apart with an AUC of"
+            f" {told['auc']:.3f}; confidences are off by {100 * told['error']:.1f} points"
+        )
+    return lines
+
+
 def warn(sentence: str) -> None:
     """A sentence on stderr."""
     click.echo(f"Warning: {sentence}", err=True)

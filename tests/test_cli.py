@@ -14,7 +14,7 @@ from conftest import paint
 from tiny_models import write_checkpoint
 
 import cli
-from retriever import terminal
+from retriever import channels, finding, terminal
 
 ROOT = Path(cli.__file__).parent
 COMMANDS = sorted(cli.main.commands)
@@ -78,11 +78,13 @@ def test_defaults_of_answers_wanted_are_those_of_the_library() -> None:
 
     default = inspect.signature(Library.create).parameters["encoder"].default
     assert cli.DEFAULT_MODEL == DEFAULT_MODEL == default
-    for command, method in ((cli.search, Library.search), (cli.caption, Library.captions_for)):
+    asking = ((finding.search, Library.search), (finding.caption, Library.captions_for))
+    for command, method in asking:
         defaults = {option.name: option.default for option in command.params}
         signature = inspect.signature(method).parameters
         assert defaults["k"] == signature["k"].default
-    defaults = {option.name: option.default for option in cli.search.params}
+    defaults = {option.name: option.default for option in finding.search.params}
+    assert finding.MODES == channels.MODES
     for name in ("text_weight", "image_weight"):
         assert defaults[name] == inspect.signature(Library.search).parameters[name].default
 
@@ -275,7 +277,8 @@ def test_words_need_no_quotes(library: Path) -> None:
 def test_search_as_json_has_the_documented_fields(library: Path, pictures: Path) -> None:
     hits = lines(run("search", "--image", pictures / "blue.png", "--json", library=library))
     assert [hit["rank"] for hit in hits] == [1, 2, 3, 4]
-    assert all(set(hit) == {"rank", "score", "path", "caption", "id"} for hit in hits)
+    keys = {"rank", "score", "confidence", "path", "caption", "id", "duplicates"}
+    assert all(set(hit) == keys for hit in hits)
     assert hits[0]["path"] == str(pictures / "blue.png")
     assert hits[0]["score"] == pytest.approx(1, abs=2e-3)  # float16 in the store
     assert {hit["path"]: hit["caption"] for hit in hits}[str(pictures / "white.png")] is None
@@ -380,7 +383,7 @@ def test_info_as_json_has_the_documented_fields(library: Path) -> None:
     (facts,) = lines(run("info", "--json", library=library))
     assert set(facts) == {
         *("items", "captions", "failures", "model", "models"),
-        *("generation", "index", "size_bytes"),
+        *("generation", "index", "size_bytes", "answers"),
     }
     assert (facts["items"], facts["captions"], facts["failures"]) == (4, 3, 0)
     assert facts["model"]["name"] == "mini"  # type: ignore[index]

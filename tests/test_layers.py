@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the lines below its own, never from its own line or from above.
 LAYERS = [
     {"cli", "benchmarks"},
-    {"retriever.upkeep"},
+    {"retriever.finding", "retriever.upkeep"},
     {"retriever.terminal"},
     {"retriever.bench", "retriever.demo", "retriever.watch"},
     {"retriever.prepare"},
@@ -87,7 +87,7 @@ HOMES = {
     "watchfiles": {"retriever.watch"},
     "rapidfuzz": {"indexes.words"},
     "lark": {"retriever.where"},
-    "click": {"cli", "retriever.terminal", "retriever.upkeep"},
+    "click": {"cli", "retriever.finding", "retriever.terminal", "retriever.upkeep"},
 }
 
 
@@ -286,7 +286,8 @@ print("loaded:", sorted(heavy & set(sys.modules)))
 
 # What a question from a shell need not load: a text knows no pictures, reading no SQLAlchemy.
 SPARED = {
-    "search": {"sqlalchemy", "PIL", "pandas", "numpy.ma", "csv", "socket", "retriever.captions"},
+    "search": {"sqlalchemy", "PIL", "pandas", "numpy.ma", "csv", "socket", "lark"}
+    | {"retriever.captions"},
     "caption": {"sqlalchemy", "pandas", "numpy.ma", "socket", "tokenizers"},
     "info": {"sqlalchemy", "PIL", "onnxruntime", "tokenizers", "socket"},
 }
