@@ -119,7 +119,8 @@ class Explanation:
             told.append("words " + ", ".join(f"{w.text} {_signed(w.change)}" for w in self.words))
         if self.percentile is not None:
             percent = math.floor(100 * self.percentile)
-            told.append(f"above {percent} % of what unrelated texts find here")
+            share = f"{percent} % of what" if percent < 100 else "all that"
+            told.append(f"above {share} unrelated texts find here")
         return told
 
 

@@ -202,6 +202,15 @@ def test_an_explanation_reads_in_a_few_lines() -> None:
     ]
 
 
+def test_only_a_hit_above_all_is_told_so() -> None:
+    told = [Explanation((), percentile=share).lines() for share in (0.0, 0.9999, 1.0)]
+    assert [line.removesuffix(" unrelated texts find here") for (line,) in told] == [
+        "above 0 % of what",
+        "above 99 % of what",
+        "above all that",
+    ]
+
+
 def test_what_is_not_known_takes_no_line() -> None:
     assert Explanation((Channel("image", 0.5, 1.0, 1.0),)).lines() == []
 
