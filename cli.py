@@ -641,7 +641,7 @@ def demo(folder: Path | None, device: str, threads: int | None) -> None:
             library.index(place.pictures, progress=progress)
         count = library.info()["items"]
         click.echo(f"{count} photographs of scikit-image are indexed in {shown(library.path)}\n")
-        answers = tour.tour(library, place.query)
+        answers = tour.tour(library, place.query, place.folder / "why")
     click.echo(tour.render(answers))
     sheet = place.folder / "contact-sheet.html"
     sheet.write_text(tour.contact_sheet(answers, place.pictures), encoding="utf-8")

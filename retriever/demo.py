@@ -19,6 +19,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from retriever.errors import MissingExtraError, RetrieverError, UsageError, printable
+from retriever.search import NO_MATCH
 
 if TYPE_CHECKING:
     from retriever.library import Library
@@ -65,7 +66,9 @@ TEXT_QUERIES = (
     "something hot to drink",
     "a man taking a photograph",
     "stars in the night sky",
+    "a plate of spaghetti",  # of which there is none
 )
+EXPLAINED = "a man taking a photograph"  # whose best answer is shown with its heat map
 K = 4
 THUMBNAIL_SIDE = 320  # pixels
 _TEMPLATE = Path(__file__).parent / "templates" / "contact_sheet.html"
@@ -73,11 +76,17 @@ _TEMPLATE = Path(__file__).parent / "templates" / "contact_sheet.html"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One question of the tour with its best answers; `picture` is what was asked with, if any."""
+    """One question of the tour with its best answers.
+
+    picture: what was asked with, if anything. is_match: False if none of the hits is what was asked
+    for. why: the heat map of the best hit, if it was drawn.
+    """
 
     question: str
     picture: Path | None
     hits: "Sequence[Hit | CaptionHit]"
+    is_match: bool | None = None
+    why: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +145,22 @@ def _refuse_other_files(pictures: Path) -> None:
             )
 
 
-def tour(library: "Library", query: Path) -> list[Answer]:
-    """What the library answers to texts, to a picture, and to the question what a picture shows."""
-    answers = [Answer(f"“{text}”", None, library.search(text, k=K)) for text in TEXT_QUERIES]
+def tour(library: "Library", query: Path, why: Path) -> list[Answer]:
+    """What the library answers to texts, to a picture, and to the question what a picture shows.
+
+    A heat map goes into the folder `why`.
+    """
+    from retriever.explain import write_heat_maps
+
+    answers = []
+    for text in TEXT_QUERIES:
+        found = library.search(text, k=K)
+        drawn: list[Path] = []
+        if text == EXPLAINED:
+            (row,) = library.encoder.encode_texts([text])
+            drawn = write_heat_maps(library.encoder, row, found[:1], why)
+        best = drawn[0] if drawn else None
+        answers.append(Answer(f"“{text}”", None, found, found.is_match, best))
     answers.append(Answer("Pictures like this one", query, library.search(image=query, k=K)))
     captions = library.captions_for(query, k=K)
     answers.append(Answer("Captions that fit this picture", query, captions))
@@ -151,6 +173,8 @@ def render(answers: Sequence[Answer]) -> str:
     for answer in answers:
         asked = f": {answer.picture.name}" if answer.picture else ""
         lines += ["", f"{answer.question}{asked}"]
+        if answer.is_match is False:
+            lines.append(f"  {NO_MATCH}")
         for hit in answer.hits:
             caption = hit.caption or ""
             if _is_caption_answer(answer):
@@ -175,7 +199,10 @@ def contact_sheet(answers: Sequence[Answer], pictures: Path) -> str:
             cards = "".join(
                 _figure(hit.path, hit.caption or "", score=hit.score) for hit in answer.hits
             )
-            found = f'<div class="cards">{cards}</div>'
+            if answer.why:
+                cards += _figure(answer.why, "Where the first of them shows what was asked for")
+            told = f"<p>{NO_MATCH}</p>" if answer.is_match is False else ""
+            found = f'{told}<div class="cards">{cards}</div>'
         body = f'<div class="asked">{asked}{found}</div>' if asked else found
         sections.append(f"<section><h2>{html.escape(answer.question)}</h2>{body}</section>")
     everything = "".join(

@@ -168,7 +168,9 @@ def search(
     for note in answer.notes:
         click.echo(note, err=True)
     if answer.is_match is False and answer:
-        click.echo("No good match. The nearest are:", err=True)
+        from retriever.search import NO_MATCH
+
+        click.echo(NO_MATCH, err=True)
     for hit, reason in zip(answer, reasons, strict=True):
         if paths:
             click.echo(os.fsencode(hit.path))  # the very bytes, for the next program

@@ -45,6 +45,8 @@ __all__ = ["Answer", "CaptionHit", "Hit", "Query", "Searcher"]
 
 SHORTEST_NAME = 3  # letters and digits of a word that names something by a digit
 NEAR = 0.9  # of the words of two captions that say the same, such as 10 of 11
+# What people are told before answers of which none is a match.
+NO_MATCH = "No good match. The nearest are:"
 _MARKS = ".,;:!?()[]{}'’\"“”„«»「」"
 
 
@@ -210,8 +212,12 @@ class Searcher:
                     if ranking.is_all or found.is_exhausted:
                         break
                     count *= 4
-        notes = (*query.notes, *_notes(asked, terms, found))
-        return Answer(tuple(found.hits(channels)), mode, found.is_match, notes)
+        notes = list(query.notes)
+        if where is not None and chosen is not None and not len(chosen):
+            notes.append("no picture is one that the filter lets through")
+        notes += _notes(asked, terms, found)
+        is_match = False if asked.phrases and not found else found.is_match
+        return Answer(tuple(found.hits(channels)), mode, is_match, tuple(notes))
 
     def captions(
         self, query: Query, k: int = 10, *, where: Condition | None = None, exact: bool = False
@@ -337,6 +343,7 @@ class _Found:
 
     def take(self, ranking: Ranking, names: int, *, is_certain: bool) -> bool:
         """Whether all of a ranking is still there; if so, it is among the answers now."""
+        self.is_exhausted = False
         fresh = [at for at, one in enumerate(ranking.ids.tolist()) if one not in self._seen]
         ids = ranking.ids[fresh].tolist()
         with self._store.snapshot() as rows:
@@ -534,7 +541,7 @@ def _most_said(item: ItemRow, text: str) -> CaptionRow | None:
     )
 
 
-def _notes(asked: Asked, terms: Sequence[Term], found: _Found) -> tuple[str, ...]:
+def _notes(asked: Asked, terms: Sequence[Term], found: _Found) -> list[str]:
     notes = [
         f"no picture has the word “{term.corrected_from}”: “{term.text}” was looked for"
         for term in terms
@@ -543,7 +550,7 @@ def _notes(asked: Asked, terms: Sequence[Term], found: _Found) -> tuple[str, ...
     if asked.phrases and not len(found):
         said = " and ".join(f"“{phrase}”" for phrase in asked.phrases)
         notes.append(f"no picture has the words {said} in a caption or name")
-    return tuple(notes)
+    return notes
 
 
 def _not_again(absent: set[int], gone: set[int]) -> set[int]:

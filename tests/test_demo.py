@@ -80,6 +80,21 @@ def test_picture_asked_with_is_not_in_the_library(shown: str, folder: Path) -> N
         assert library.verify() == []
 
 
+def test_question_that_nothing_matches_is_told_so(shown: str, page: Page) -> None:
+    lines = shown.splitlines()
+    for text, is_there in (("a cat", True), ("a plate of spaghetti", False)):
+        told = lines[lines.index(f"“{text}”") + 1].strip()
+        assert (told == demo.NO_MATCH) is not is_there
+    assert demo.NO_MATCH in page.text
+
+
+def test_heat_map_lies_beside_the_page(shown: str, folder: Path) -> None:
+    (drawn,) = (folder / "why").iterdir()
+    assert drawn.name == "01-camera.png"
+    with Image.open(drawn) as image, Image.open(folder / "pictures" / "camera.png") as whole:
+        assert image.width / image.height == pytest.approx(whole.width / whole.height, rel=0.01)
+
+
 def test_page_is_named_at_the_end(shown: str, folder: Path) -> None:
     assert shown.splitlines()[-1] == f"To look at: {(folder / 'contact-sheet.html').resolve()}"
 
@@ -112,7 +127,7 @@ def test_page_needs_nothing_from_outside(page: Page) -> None:
 def test_each_thumbnail_is_a_picture_with_a_text_for_those_who_cannot_see_it(page: Page) -> None:
     images = page.all("img")
     answers = (len(demo.TEXT_QUERIES) + 1) * demo.K
-    assert len(images) == answers + 2 + len(demo.PHOTOGRAPHS)
+    assert len(images) == answers + 3 + len(demo.PHOTOGRAPHS)  # two asked with, one heat map
     for attributes in images:
         assert attributes["alt"]
         kind, data = str(attributes["src"]).split(",", 1)
