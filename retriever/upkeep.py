@@ -395,8 +395,8 @@ def duplicates(copies: bool, model: str | None, library_path: Path, as_json: boo
             click.echo(f"{told}  {shown(one.item.path)}")
     if not as_json:
         click.echo(
-            f"{found.spare:,} pictures are there besides the first of {len(found.groups):,} groups,"
-            f" {found.spare_bytes / 1e6:,.1f} MB; nothing was deleted"
+            f"Groups: {len(found.groups):,}. Besides the first of each: {found.spare:,} pictures,"
+            f" {found.spare_bytes / 1e6:,.1f} MB. Nothing was deleted."
             if found.groups
             else f"No duplicates in {shown(library.path)}"
         )
