@@ -20,7 +20,7 @@ neither that caption's half nor that text's; beside it what the library itself s
 pairs, whose curve saw the unrelated texts. Pictures as queries are own pictures with the nearest
 other one, and foreign pictures.
 
-Composition: see `composition.py`.
+Composition, where the captions tell of things that come together and alone: see `composition.py`.
 
 Intervals are 95 %, drawn by picture and, of foreign queries, by query; those of a calibration error
 may lie above it, because a drawing is noisier than what it is drawn from. Without the data there is
@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import composition
 import numpy as np
 from numpy.typing import NDArray
 from report import folder_option, format_table, out_option, write_report
@@ -80,6 +81,23 @@ CUT_OFF: tuple[Mode, ...] = ("hybrid", "image")
 CONSONANTS, VOWELS = [*"bdfgjklmnprstvz"], [*"aeiou"]
 
 
+class Remembering:
+    """An encoder that reads each text once, though every mode of search asks it again."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._rows: dict[str, NDArray[np.float32]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """As the encoder does."""
+        if unread := [text for text in dict.fromkeys(texts) if text not in self._rows]:
+            self._rows |= zip(unread, self._encoder.encode_texts(unread), strict=True)
+        return np.stack([self._rows[text] for text in texts])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Gallery:
     """A library of pictures, and the caption of each that it does not have."""
@@ -90,6 +108,7 @@ class Gallery:
 
     def ask(self, texts: Sequence[str], mode: Mode, k: int = K) -> list[Answer]:
         """The answers to texts, near-duplicates each for itself."""
+        self.encoder.encode_texts(texts)  # together, which is faster
         searcher = self.library.searcher
         return [
             searcher.images(Query(texts=((text, 1.0),)), k, mode=mode, all=True) for text in texts
@@ -469,9 +488,10 @@ def draw(record: Mapping[str, Any]) -> dict[str, "Figure"]:
     legend(left, loc="upper left")
     usual = numbers["default"]
     for number, (name, scores) in enumerate(numbers["scores"][usual].items()):
-        place = np.sort(scores)
-        share = np.arange(1, len(place) + 1) / len(place)
-        line(right, number, name, place, share, markevery=max(1, len(place) // 8))
+        share = np.arange(1, len(scores) + 1) / len(scores)
+        found = np.sort(scores) > NONE
+        x, y = np.sort(scores)[found], share[found]
+        line(right, number, name, x, y, markevery=max(1, len(x) // 8))
     right.set_title(f"Best scores, {usual}")
     right.set_xlabel("score of the best answer")
     right.set_ylabel("share of queries below")
@@ -517,6 +537,12 @@ def measure(
     }
     numbers["pictures"] = measure_pictures(gallery, with_pictures, settings)
     say("pictures")
+    place = gallery.library.path
+    if any(composition.read_world(place, gallery.encoder).pairs()):
+        numbers["composition"] = composition.measure(
+            place, gallery.encoder, gallery.asked, resamples=settings.resamples, seed=seed
+        )
+        say("composition")
     return numbers
 
 
@@ -569,7 +595,9 @@ def main(
 
     with tempfile.TemporaryDirectory(prefix="answers-", dir=folder) as home:
         try:
-            encoder = load_encoder(model, device=settings.device, threads=settings.threads)
+            encoder: Any = Remembering(
+                load_encoder(model, device=settings.device, threads=settings.threads)
+            )
             gallery, data = open_gallery(Path(home), dataset, encoder, settings)
             say("index")
             with gallery.library:

@@ -172,8 +172,8 @@ class Calibration:
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
-        self._texts: Mapping[str, Mapping[str, Any]] = facts["texts"]
-        self._pictures: list[float] | None = facts["pictures"]
+        self._texts: Mapping[str, Mapping[str, Any]] = facts.get("texts", {})
+        self._pictures: list[float] | None = facts.get("pictures")
 
     def confidence(self, scores: ArrayLike, mode: str, source: Source | None) -> Scores | None:
         """The confidence of answers to one query, in the order given.
