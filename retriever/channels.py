@@ -15,7 +15,7 @@ algorithms for middleware".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,74 +134,61 @@ class Channels:
             return _ranked(np.empty(0, np.int64), np.empty(0, np.float32), {}, is_all=True)
         if mode == "hybrid":
             return self._hybrid(count)
-        ids, scores, terms = self._channel(mode, count)
-        return _ranked(ids, scores, {mode: scores}, is_all=len(ids) < count, terms=terms)
+        if mode != "caption":
+            return self._channel(mode, count)
+        wanted = CAPTIONS_PER_PICTURE * count
+        while True:
+            found = self._channel("caption", wanted)
+            if found.is_all or len(found.ids) >= count:
+                return _first(found, count)
+            wanted *= 4
 
-    def _channel(self, name: Channel, count: int) -> tuple[Ids, Scores, tuple[Term, ...]]:
+    def _channel(self, name: Channel, count: int) -> Ranking:
+        """Pictures by one channel: of captions those that the `count` nearest belong to."""
         if name == "words":
             with self.store.snapshot() as rows:
                 words = rows.words(self.text, count, among=self.among)
-            return words.ids, words.scores, words.terms
-        return *(self._captions(count) if name == "caption" else self._pictures(count)), ()
-
-    def _pictures(self, count: int) -> tuple[Ids, Scores]:
+            ids, scores, is_all = words.ids, words.scores, len(words.ids) < count
+            return _ranked(ids, scores, {name: scores}, is_all=is_all, terms=words.terms)
         assert self.row is not None
-        (match,) = self.store.search(
-            "image",
-            self.row[None],
-            count,
-            among=self.among,
-            source=self.source,
-            exact=self.exact,
-        )
-        return match.ids, match.scores
-
-    def _captions(self, count: int) -> tuple[Ids, Scores]:
-        """Pictures by the nearest of their captions."""
-        assert self.row is not None
-        among = None
-        if self.among is not None:
+        among: Collection[int] | None = self.among
+        if name == "caption" and self.among is not None:
             with self.store.snapshot() as rows:
                 among = rows.caption_ids(self.among)
-        wanted = CAPTIONS_PER_PICTURE * count
-        while True:
-            (match,) = self.store.search(
-                "caption",
-                self.row[None],
-                wanted,
-                among=among,
-                source=self.source,
-                exact=self.exact,
-            )
+        (match,) = self.store.search(
+            name, self.row[None], count, among=among, source=self.source, exact=self.exact
+        )
+        ids, scores, is_all = match.ids, match.scores, len(match.ids) < count
+        if name == "caption":
             with self.store.snapshot() as rows:
-                owners = rows.captions(match.ids.tolist())
+                owners = rows.captions(ids.tolist())
             nearest: dict[int, float] = {}
-            for caption_id, score in zip(match.ids.tolist(), match.scores.tolist(), strict=True):
+            for caption_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
                 if caption_id in owners:  # another process may have removed some since
                     nearest.setdefault(owners[caption_id][0], score)
-            if len(nearest) >= count or len(match.ids) < wanted:
-                ids = np.fromiter(nearest, np.int64, len(nearest))
-                return ids[:count], np.array([*nearest.values()], np.float32)[:count]
-            wanted *= 4
+            ids = np.fromiter(nearest, np.int64, len(nearest))
+            scores = np.array([*nearest.values()], np.float32)
+        return _ranked(ids, scores, {name: scores}, is_all=is_all)
 
     def _hybrid(self, count: int) -> Ranking:
         depth = max(DEPTH, DEPTH_PER_RESULT * count)
         while True:
-            ids: set[int] = set()
-            last: dict[Channel, float] = {}
-            terms: tuple[Term, ...] = ()
-            for name in CHANNELS:
-                found, scores, heard = self._channel(name, depth)
-                ids.update(found.tolist())
-                terms += heard
-                # A channel that came to its end has nothing for what it has not shown.
-                last[name] = float(scores[-1]) if len(found) >= depth else NOTHING[name]
-                if name == "image":
-                    is_all = len(found) < depth
+            parts = {name: self._channel(name, depth) for name in CHANNELS}
+            # A channel that came to its end has nothing for what it has not shown.
+            last = {
+                name: NOTHING[name] if part.is_all or not len(part.ids) else float(part.scores[-1])
+                for name, part in parts.items()
+            }
+            ids = {one for part in parts.values() for one in part.ids.tolist()}
             known, channels = self.scores(np.array(sorted(ids), dtype=np.int64))
-            fused = self.fusion.fuse(channels)
-            ranking = _ranked(known, fused, channels, is_all=is_all, terms=terms)
-            if is_all:
+            ranking = _ranked(
+                known,
+                self.fusion.fuse(channels),
+                channels,
+                is_all=parts["image"].is_all,
+                terms=parts["words"].terms,
+            )
+            if ranking.is_all:
                 return ranking
             is_sure = len(known) >= count and ranking.scores[count - 1] >= self.fusion.bound(last)
             if is_sure or (depth >= DEEPEST and not self.exact):
@@ -255,4 +242,5 @@ def _first(ranking: Ranking, count: int) -> Ranking:
         ids=ranking.ids[:count],
         scores=ranking.scores[:count],
         channels={name: one[:count] for name, one in ranking.channels.items()},
+        is_all=ranking.is_all and len(ranking.ids) <= count,
     )

@@ -259,7 +259,9 @@ def test_a_mode_that_cannot_be_is_refused(described: Searcher, mode: Any, query,
 def test_a_filter_decides_what_may_be_found(described: Searcher, mode: Any) -> None:
     (red,) = described.images(text("green red door"), mode=mode, where=Glob("folder", "*/red"))
     assert red.path.stem == "IMG_2041"
-    assert not described.images(text("green"), mode=mode, where=Compare("width", ">", 99))
+    nothing = described.images(text("green"), mode=mode, where=Compare("width", ">", 99))
+    assert not nothing
+    assert nothing.notes == ("no picture is one that the filter lets through",)
     among = [hit.item_id for hit in described.images(text("green red"), mode="image")[:2]]
     hits = described.images(text("green red blue water"), mode=mode, among=among)
     assert {hit.item_id for hit in hits} <= set(among)
@@ -277,6 +279,7 @@ def test_a_phrase_must_stand_in_the_words_of_a_picture(described: Searcher) -> N
     assert names(described.images(text('"main street" in blue'))) == ["IMG_2041"]
     answer = described.images(text("“street main”"))
     assert not answer
+    assert answer.is_match is False
     assert answer.notes == ("no picture has the words “street main” in a caption or name",)
 
 
