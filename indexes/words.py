@@ -49,9 +49,10 @@ GAP = "\ue000"
 K1 = 1.2
 LEAST_IDF = 1e-6
 
-# A word is common, and left out beside rarer ones, if it stands in more than this share of the
-# items and in more than so many: it tells little, and to read its places takes longest.
-COMMON_SHARE, COMMON = 0.1, 10_000
+# A word is common, and left out beside rarer ones, if it stands in more than one of these shares of
+# the items and in more than so many: it tells little (from a half on nothing, see LEAST_IDF), and
+# to read its places takes longest.
+COMMON = ((0.5, 1_000), (0.1, 10_000))
 # Items scored for a query, at most, which takes about 0.15 s. Words of which that would be more are
 # left out beside rarer ones; of one that is alone, the first items are taken.
 SCORED = 100_000
@@ -356,7 +357,7 @@ class _Plan:
         spelt = [
             _term(connection, words[stem], stem, count, total) for stem, count in counts.items()
         ]
-        few = max(COMMON, COMMON_SHARE * total)
+        few = min(max(share * total, least) for share, least in COMMON)
         has_rare, so_far = any(0 < term.count <= few for term in spelt), 0
         kept = set()
         for term in sorted(spelt, key=lambda term: term.count):
@@ -451,12 +452,12 @@ def _term(connection: sqlite3.Connection, word: str, stem: str, count: int, tota
 def _nearest(connection: sqlite3.Connection, stem: str, letters: int, total: int) -> str | None:
     """The word of the library that a misspelt one was meant to be, as it stands there first.
 
-    Fewest edits win, of which a swap of neighbours is one; then the longest common beginning, then
-    what stands in most items.
+    Fewest edits win, of which a swap of neighbours is one; then the same first letter, then what
+    stands in most items.
     """
     if letters < LEAST_LETTERS or not stem.isalpha() or _UNMARKED.search(stem):
         return None
-    from rapidfuzz.distance import OSA, Prefix
+    from rapidfuzz.distance import OSA
     from rapidfuzz.process import extract
 
     edits = NEAREST + (letters > 5)
@@ -475,7 +476,7 @@ def _nearest(connection: sqlite3.Connection, stem: str, letters: int, total: int
             stem, list(counts), scorer=OSA.distance, score_cutoff=edits, limit=None, processor=None
         )
         near = [
-            (distance, -Prefix.similarity(stem, term), -counts[term], term)
+            (distance, term[0] != stem[0], -counts[term], term)
             for term, distance, _ in found
             if term.isalpha()
         ]

@@ -231,13 +231,15 @@ def test_a_word_that_is_nowhere_lowers_what_the_others_reach(memory: sqlite3.Con
 
 
 def test_a_misspelt_word_is_taken_for_the_nearest(memory: sqlite3.Connection) -> None:
-    put(memory, "a beautiful beach", "children playing", "one beech", "the bench", "img2041")
+    several = ("a beautiful beach", "children playing", "one beech", "the bench", "img2041")
+    put(memory, *several, "pep", "people", "two people")
     terms = {
         text: words.search(memory, text, 5).terms[0]
         for text in (
             "beatiful",
             "chidlren",
             "baech",
+            "peple",
             "beach",
             "IMG_2042",
             "cta",
@@ -248,7 +250,8 @@ def test_a_misspelt_word_is_taken_for_the_nearest(memory: sqlite3.Connection) ->
     assert terms == {
         "beatiful": Term("beautiful", 1, "beatiful"),
         "chidlren": Term("children", 1, "chidlren"),
-        "baech": Term("beach", 1, "baech"),  # of all at one edit, a swap being one
+        "baech": Term("beach", 1, "baech"),  # a swap is one edit
+        "peple": Term("people", 2, "peple"),  # of those at one edit the most frequent
         "beach": Term("beach", 1),
         "IMG_2042": Term("IMG2042", 0),  # a number is not misspelt
         "cta": Term("cta", 0),
@@ -270,7 +273,7 @@ def test_up_to_five_letters_one_edit_is_forgiven_and_then_two(memory: sqlite3.Co
 def test_common_words_are_left_out_beside_rarer_ones_only(
     memory: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(words, "COMMON", 3)
+    monkeypatch.setattr(words, "COMMON", ((0.1, 3),))
     put(memory, *["a dog"] * 8, "a dog and a zebra")
     both = words.search(memory, "a dog zebra", 9)
     assert both.terms == (
