@@ -132,6 +132,31 @@ def thing(text: str) -> str:
     return _ARTICLE.sub("", unquoted(text))
 
 
+def picture(name: str, *, is_part: bool = True) -> Path | None:
+    """The picture file that a part of a query names; None if it is a text.
+
+    Args:
+        name: as typed.
+        is_part: whether there are other parts, or else a bare name may be one to search for.
+
+    Raises:
+        UsageError: it is written as a path to a picture, and there is none.
+    """
+    is_rooted = _ROOTED.match(name) is not None
+    if not (is_rooted or is_part or "/" in name or "\\" in name):
+        return None
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        if path.is_file():
+            return path if is_rooted or _is_picture_name(path) else None
+    except (OSError, RuntimeError, ValueError):  # a long text, an unknown user, a zero byte
+        return None
+    if is_rooted and _is_picture_name(path):
+        raise UsageError(f"{printable(name)} names a picture, and there is no such file")
+    return None
+
+
 def negation_hint(text: str) -> str | None:
     """Advice for a text that says what should not be there; None for others.
 
@@ -172,34 +197,15 @@ def _part(sign: str, typed: str, files: bool, among_others: bool) -> _Part:
     weighted = _WEIGHT.match(typed)
     rest = typed[weighted.end() :] if weighted else typed
     weight = float(weighted[1]) if weighted else None
-    if files and (picture := _picture(unquoted(rest), among_others or weight is not None)):
-        return _Part(sign, typed, picture, weight)
+    is_part = among_others or weight is not None
+    if files and (file := picture(unquoted(rest), is_part=is_part)):
+        return _Part(sign, typed, file, weight)
     return _Part(sign, typed, rest, weight)
 
 
 def _inner(quoted: re.Match[str]) -> str:
     """What stands inside the quotation marks."""
     return next(group for group in quoted.groups() if group is not None).strip()
-
-
-def _picture(name: str, is_part: bool) -> Path | None:
-    """The file that a part names, if it names one.
-
-    Raises UsageError if it is written as a path to a picture, and there is none.
-    """
-    is_rooted = _ROOTED.match(name) is not None
-    if not (is_rooted or is_part or "/" in name or "\\" in name):
-        return None
-    path = Path(name)
-    try:
-        path = path.expanduser()
-        if path.is_file():
-            return path if is_rooted or _is_picture_name(path) else None
-    except (OSError, RuntimeError, ValueError):  # a long text, an unknown user, a zero byte
-        return None
-    if is_rooted and _is_picture_name(path):
-        raise UsageError(f"{printable(name)} names a picture, and there is no such file")
-    return None
 
 
 def _is_picture_name(path: Path) -> bool:

@@ -7,7 +7,7 @@ from conftest import paint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever.asking import Query, negation_hint, parse, phrases, thing, unquoted
+from retriever.asking import Query, negation_hint, parse, phrases, picture, thing, unquoted
 from retriever.errors import UsageError
 
 
@@ -141,6 +141,15 @@ def test_a_folder_and_a_file_of_another_kind_are_no_pictures(here: Path) -> None
     assert not parse("dog + notes + notes.txt + trip").images
     # What is plainly a path is taken at its word, and the decoder says what is wrong with it.
     assert parse("./notes").images == ((Path("notes"), 1.0),)
+
+
+def test_what_is_left_out_is_a_picture_by_the_same_rule(here: Path) -> None:
+    (here / "water").write_text("", encoding="utf-8")
+    assert picture("pool.jpg") == Path("pool.jpg")
+    assert picture("water") is None
+    assert picture("a" * 5000) is None
+    with pytest.raises(UsageError, match="names a picture"):
+        picture("./gone.jpg")
 
 
 def test_a_name_that_no_system_can_look_up_is_a_text() -> None:
