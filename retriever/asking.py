@@ -171,7 +171,7 @@ def negation_hint(text: str) -> str | None:
     unwanted = _CLAUSE_END.split(thing(text[found.end() :]), maxsplit=1)[0]
     unwanted = unwanted.strip(" ,.;:!?\"'")
     if word == "-":
-        unwanted = unwanted.split()[0]
+        unwanted = unwanted.partition(" ")[0]
     # Where no blanks are, what is negated may stand on either side.
     if wanted and unwanted and _LETTER.search(wanted) and not _UNSPACED.search(word):
         return f'"{word}" is hardly understood. Ask "{wanted}" --without "{unwanted}"'

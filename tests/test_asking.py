@@ -279,6 +279,7 @@ def test_where_the_thing_cannot_be_told_the_hint_is_general(text: str) -> None:
         "snow",
         "northern lights",
         "a bezel",
+        "one -a , two",
     ],
 )
 def test_words_that_only_look_like_negations_get_none(text: str) -> None:
