@@ -495,7 +495,7 @@ def draw(record: Mapping[str, Any]) -> dict[str, "Figure"]:
     right.set_title(f"Best scores, {usual}")
     right.set_xlabel("score of the best answer")
     right.set_ylabel("share of queries below")
-    legend(right, fontsize=9, loc="upper left")
+    legend(right, loc="upper left", bbox_to_anchor=(1, 1))
     return {"channels": channels, "cut-off": cut_off}
 
 

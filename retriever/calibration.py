@@ -366,11 +366,11 @@ def _quantiles(scores: Scores) -> list[float]:
 
 def _share(quantiles: list[float], scores: Scores, *, or_equal: bool = False) -> Scores:
     """Share of a distribution below each score, or not above it; 0 and 1 beyond its ends."""
-    levels = np.linspace(0, 1, len(quantiles))
-    if or_equal:
-        values, ends = np.unique(quantiles[::-1], return_index=True)
-        ends = len(quantiles) - 1 - ends
-    else:
-        values, ends = np.unique(quantiles, return_index=True)
-    shares: Scores = np.interp(scores, values, levels[ends], left=0.0, right=1.0)
+    known = np.asarray(quantiles)
+    first, after = (np.searchsorted(known, scores, side) for side in ("left", "right"))
+    met = after > first
+    low, high = known[np.maximum(first - 1, 0)], known[np.minimum(first, len(known) - 1)]
+    way = np.divide(scores - low, high - low, out=np.zeros_like(scores), where=high > low)
+    places = np.where(met, after - 1 if or_equal else first, first - 1 + way)
+    shares: Scores = np.clip(places / (len(known) - 1), 0, 1)
     return shares

@@ -230,6 +230,14 @@ def test_percentile_is_the_share_of_unrelated_texts_that_find_less() -> None:
     assert found == pytest.approx([0, 0.5, 1], abs=1e-3)
 
 
+def test_what_most_unrelated_texts_score_is_passed_in_one_step() -> None:
+    """Of the words channel, which gives nothing to most of them."""
+    scores = np.array([0.0] * 80 + [0.5] * 20)
+    calibration = Calibration(fit({"words": Sample(np.empty(0), scores)}))
+    found = calibration.percentile([0.0, 1e-6, 0.25, 0.5, 0.5001], "words")
+    assert found == pytest.approx([0, 0.79, 0.795, 0.8, 1], abs=0.015)
+
+
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.floats(-1.5, 1.5))
 def test_shares_of_any_distribution_lie_between_those_strictly_below_and_all(
     scores: list[float], score: float
