@@ -5,6 +5,7 @@ Made by `Store.writer`, which holds the store's lock meanwhile.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -237,6 +238,10 @@ class Writer:
         """What was measured of this store for its model, from now on; raises InvalidRowsError."""
         if fit.means.shape != (2, self._dim):
             raise InvalidRowsError(f"means are {fit.means.shape}, not (2, {self._dim})")
+        try:
+            json.dumps(fit.facts, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidRowsError(f"facts that JSON cannot hold: {error}") from error
         with self._transaction() as rows:
             rows.record_fit(fit)
 

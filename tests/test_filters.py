@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from indexes import filters
+from indexes import filters, vectors
 from indexes.errors import InvalidConditionError, InvalidRowsError
 from indexes.filters import (
     And,
@@ -525,6 +525,19 @@ def test_there_are_k_results_at_every_selectivity_and_they_are_the_best(
             best = sorted(scores, key=lambda owner: (-scores[owner], owner))[:k]
             assert match.ids.tolist() == best
             assert match.scores.tolist() == [scores[owner] for owner in best]
+
+
+def test_few_rows_among_many_are_answered_alike_however_they_are_read(
+    large: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selected = large.select(Compare("size", "<", 900.0))
+    queries = unit_rows(3, 7)
+    answers = []
+    for narrow in (1, 1 << 30):
+        monkeypatch.setattr(vectors, "NARROW", narrow)
+        found = large.search("image", queries, 20, among=selected)
+        answers.append([(match.ids.tolist(), match.scores.tolist()) for match in found])
+    assert answers[0] == answers[1]
 
 
 def test_captions_of_many_pictures_are_those_of_each(large: Store) -> None:

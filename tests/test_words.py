@@ -409,6 +409,13 @@ def test_what_was_measured_is_kept_for_each_model(store: Store) -> None:
         assert store.fit() is None
         writer.record_fit(Fit(3, 100, {"channels": {"default": "image"}}, means * 2))
         writer.record_fit(Fit(4, 200, {"channels": {"default": "hybrid"}}, means))
+        for wrong in (
+            Fit(5, 1, {}, np.ones((2, 3), dtype=np.float32)),
+            Fit(5, 1, {"auc": math.nan}, means),
+            Fit(5, 1, {"auc": np.float32(0.5)}, means),
+        ):
+            with pytest.raises(InvalidRowsError):
+                writer.record_fit(wrong)
     with Store.open(store.path, other, add_model=True) as seen:
         assert seen.fit() is None
         with seen.writer() as writer:
