@@ -190,21 +190,15 @@ def _query(
     image_weight: float,
     without: Sequence[str],
 ) -> "Query":
-    from retriever.asking import Query, parse
+    from retriever.asking import Query, parse, picture
 
     query = parse(words) if words else Query()
     return replace(
         query,
         texts=tuple((text, weight * text_weight) for text, weight in query.texts),
         images=(*query.images, *((path, image_weight) for path in images)),
-        without=(*query.without, *(_thing(one) for one in without)),
+        without=(*query.without, *(picture(one) or one for one in without)),
     )
-
-
-def _thing(what: str) -> str | Path:
-    """What is to be left out: a picture if it is the name of a file, else a text."""
-    path = Path(what).expanduser()
-    return path if path.is_file() else what
 
 
 def _record(hit: "Hit") -> dict[str, Any]:
@@ -220,7 +214,7 @@ def _record(hit: "Hit") -> dict[str, Any]:
 
 
 def _print_hit(hit: "Hit", reason: "Explanation | None") -> None:
-    sure = "" if hit.confidence is None else f"  {100 * hit.confidence:>3.0f} %"
+    sure = "" if hit.confidence is None else f"  {_percent(hit.confidence):>5}"
     more = f"  (and {hit.duplicates} like it)" if hit.duplicates else ""
     click.echo(f"{hit.rank:>3}{sure}  {hit.score:.3f}  {shown(hit.path)}{more}")
     indent = " " * (12 + len(sure))
@@ -228,6 +222,12 @@ def _print_hit(hit: "Hit", reason: "Explanation | None") -> None:
         click.echo(f"{indent}{hit.caption}")
     for line in reason.lines() if reason else ():
         click.echo(f"{indent}· {line}")
+
+
+def _percent(share: float) -> str:
+    """A confidence for people, who should not be told that anything is certain."""
+    percent = round(100 * share)
+    return "<1 %" if percent < 1 else ">99 %" if percent > 99 else f"{percent} %"
 
 
 def _reasons(library: "Library", query: "Query", answer: "Answer") -> "list[Explanation]":
