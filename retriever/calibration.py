@@ -118,7 +118,7 @@ def fit(texts: Mapping[str, Sample], nearest: ArrayLike | None = None) -> dict[s
     known = np.asarray([] if nearest is None else nearest, dtype=np.float64)
     return {
         "texts": {mode: _fit_mode(sample) for mode, sample in texts.items()},
-        "pictures": _quantiles(known) if known.size else None,
+        "pictures": _quantiles(known) if known.size >= LEAST_PAIRS else None,
     }
 
 
