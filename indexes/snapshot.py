@@ -691,6 +691,15 @@ class Snapshot:
         )
         return [caption_id for (caption_id,) in rows]
 
+    def caption_owners(self, caption_ids: Collection[int] | Ids) -> dict[int, int]:
+        """The item of each of these captions that exist, by caption id."""
+        return dict(
+            self._each(
+                "SELECT id, item_id FROM captions WHERE id IN (SELECT value FROM json_each(:ids))",
+                ids=words.listed(caption_ids),
+            )
+        )
+
     def extra_keys(self) -> dict[str, int]:
         """The further columns that captions files had, and how many items have each."""
         rows = self._each(

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 Scores = NDArray[np.float64]
 Rows = NDArray[np.float32]
 
+_BACKGROUND = Path(__file__).with_name("background.txt")
 CUT = 0.5  # a best answer of less confidence is no good match
 # Pairs count as right first answers if the picture is among so many. The fewer, the more queries
 # are told that nothing matches: on Flickr8k by pictures alone 9.5 % of its own captions with 1,
@@ -56,7 +57,7 @@ BINS = 10
 
 def background() -> list[str]:
     """Some 400 texts that describe nothing in most libraries, always in the same order."""
-    text = (files("retriever") / "background.txt").read_text(encoding="utf-8")
+    text = _BACKGROUND.read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 

@@ -15,7 +15,7 @@ algorithms for middleware"), or to the 400 best of each, beyond which hardly any
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from indexes.records import Source, Term
+    from indexes.records import Kind, Source, Term
     from indexes.store import Store
 
 Channel = Literal["image", "caption", "words"]
@@ -161,11 +161,11 @@ class Channels:
         ids, scores, is_all = match.ids, match.scores, len(match.ids) < count
         if name == "caption":
             with self.store.snapshot() as rows:
-                owners = rows.captions(ids.tolist())
+                owners = rows.caption_owners(ids)
             nearest: dict[int, float] = {}
             for caption_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
                 if caption_id in owners:  # another process may have removed some since
-                    nearest.setdefault(owners[caption_id][0], score)
+                    nearest.setdefault(owners[caption_id], score)
             ids = np.fromiter(nearest, np.int64, len(nearest))
             scores = np.array([*nearest.values()], np.float32)
         return _ranked(ids, scores, {name: scores}, is_all=is_all)
@@ -197,30 +197,24 @@ class Channels:
 
     def scores(self, ids: Ids) -> tuple[Ids, dict[Channel, Scores]]:
         """What each channel gives to these pictures; those that are gone by now are left out."""
-        assert self.row is not None
-        query = self.row.astype(np.float64)
+        known, image = self._given("image", ids)
         with self.store.snapshot() as rows:
-            pictures = rows.embeddings("image", ids.tolist())
-            known = np.array([one for one in ids.tolist() if one in pictures], dtype=np.int64)
-            owners = rows.captions(rows.caption_ids(known.tolist()))
-            captions = rows.embeddings("caption", owners)
+            owners = rows.caption_owners(rows.caption_ids(known))
             words = rows.word_scores(self.text, known)
+        told, scores = self._given("caption", np.array(sorted(owners), dtype=np.int64))
         caption = np.full(len(known), np.nan, dtype=np.float32)
-        if captions:
-            places = np.searchsorted(known, [owners[one][0] for one in captions])
-            np.fmax.at(caption, places, _cosines(captions.values(), query))
-        image = _cosines((pictures[one] for one in known.tolist()), query)
+        places = np.searchsorted(known, [owners[one] for one in told.tolist()])
+        np.fmax.at(caption, places, scores)
         return known, {"image": image, "caption": caption, "words": words}
 
-
-def _cosines(vectors: Iterator[Any] | Any, query: NDArray[np.float64]) -> Scores:
-    """Of stored vectors with a query; equal ones to the last digit where the vectors are equal."""
-    several = [*vectors]
-    if not several:
-        return np.empty(0, np.float32)
-    # In double precision the order of summation, which differs between rows, rounds away.
-    cosines: Scores = (np.stack(several).astype(np.float64) @ query).astype(np.float32)
-    return cosines
+    def _given(self, kind: Kind, ids: Ids) -> tuple[Ids, Scores]:
+        """Those of some pictures or captions that are embedded, ascending, and their scores."""
+        if not len(ids):
+            return ids, np.empty(0, np.float32)
+        assert self.row is not None
+        (match,) = self.store.search(kind, self.row[None], len(ids), among=ids, exact=True)
+        order = np.argsort(match.ids)
+        return match.ids[order], match.scores[order]
 
 
 def _ranked(
