@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,12 +164,18 @@ def negation_hint(text: str) -> str | None:
     Dual encoders hardly read a negation: "a beach without people" finds people on beaches, more of
     them than "a beach" does. Alhamoud et al. 2025 (NegBench), arXiv:2501.09425.
     """
-    found = _NEGATION.search(text) or _NEGATED_VERB.search(text) or _GLUED_MINUS.search(text)
+    if not _may_negate(text):
+        return None
+    found = (
+        _negation().search(text)
+        or re.search(r"\w+n['’]t(?!\w)", text, re.IGNORECASE)
+        or _GLUED_MINUS.search(text)
+    )
     if not found:
         return None
     word = found[0].strip()
-    wanted = _LINKING.sub("", text[: found.start()]).strip(" ,.;:")
-    unwanted = _CLAUSE_END.split(thing(text[found.end() :]), maxsplit=1)[0]
+    wanted = re.sub(_LINKING, "", text[: found.start()], flags=re.IGNORECASE).strip(" ,.;:")
+    unwanted = re.split(_CLAUSE_END, thing(text[found.end() :]), maxsplit=1)[0]
     unwanted = unwanted.strip(" ,.;:!?\"'")
     if word == "-":
         unwanted = unwanted.partition(" ")[0]
@@ -267,27 +274,45 @@ def _dash_note(pieces: list[tuple[str, str]]) -> str | None:
 
 # ── negations ────────────────────────────────────────────────────────────────────────────────────
 
-_NEGATION = re.compile(
-    r"(?<!\w)(?:"
-    r"without|no|not|never|nobody|none of|nothing but|except(?: for)?|excluding|minus"
-    r"|ohne|kein|keine|keinen|keinem|keiner|keines|nicht"
-    r"|sans|aucun|aucune|sin|ningún|ninguna|senza|nessun|nessuna|sem|nenhum|nenhuma"
-    r"|zonder|geen|utan|uden|uten|bez|без"
-    r")(?!\w)"
-    r"|没有|沒有|无人|無人|なし|のない|のいない|없는|없이",
-    re.IGNORECASE,
+_WORDS = (
+    "without no not never nobody none nothing except excluding minus"
+    " ohne kein keine keinen keinem keiner keines nicht"
+    " sans aucun aucune sin ningún ninguna senza nessun nessuna sem nenhum nenhuma"
+    " zonder geen utan uden uten bez без"
 )
+_NEGATIONS = frozenset(_WORDS.split())
+_UNSPACED_NEGATIONS = ("没有", "沒有", "无人", "無人", "なし", "のない", "のいない", "없는", "없이")
+# Of these words, not all uses negate.
+_PHRASES = {"none": "none of", "nothing": "nothing but", "except": "except(?: for)?"}
+
+
+@cache
+def _negation() -> re.Pattern[str]:
+    words = "|".join(sorted(_PHRASES.get(word, word) for word in _NEGATIONS))
+    apart = "|".join(_UNSPACED_NEGATIONS)
+    return re.compile(rf"(?<!\w)(?:{words})(?!\w)|{apart}", re.IGNORECASE)
+
+
+def _may_negate(text: str) -> bool:
+    """Whether to look closer: to compile the patterns takes longer than to import this module."""
+    lowered = text.lower()
+    return (
+        not _NEGATIONS.isdisjoint(_NO_WORD.split(lowered))
+        or any(one in lowered for one in (*_UNSPACED_NEGATIONS, "n't", "n’t"))
+        or _GLUED_MINUS.search(text) is not None
+    )
+
+
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_NEGATED_VERB = re.compile(r"\w+n['’]t(?!\w)", re.IGNORECASE)
 _GLUED_MINUS = re.compile(r"(?<=\s)-(?=[^\W\d_])")
+_NO_WORD = re.compile(r"\W+")
 # Words of another language as well: taken for negations only between two things.
 _NEEDS_BOTH = {"sin", "sans", "sem", "bez", "-"}
 _ARTICLE = re.compile(
     r"^(?:any|a|an|the|some|ein|eine|einen|einem|un|une|uno|una|de)\s+", re.IGNORECASE
 )
-_CLAUSE_END = re.compile(r"[,.;:!?]|\s(?:and|but|und|aber|et|mais|y|pero|in|on|at|im|am)\s")
-_LINKING = re.compile(
+_CLAUSE_END = r"[,.;:!?]|\s(?:and|but|und|aber|et|mais|y|pero|in|on|at|im|am)\s"
+_LINKING = (
     r"(?:\s+(?:with|and|but|that|which|who|is|are|has|have|having|there|mit|und|aber|avec|con))+"
-    r"\s*$",
-    re.IGNORECASE,
+    r"\s*$"
 )
