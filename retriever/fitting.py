@@ -334,7 +334,7 @@ def compare(
     for mode in MODES if len(sample.owners) else MODES[:1]:
         right, wrong = (_of_mode(mode, one, fusion) for one in (held, others))
         best = wrong.max(axis=1)
-        if larger > 1:
+        if larger > 1 and quarter.any():  # of copies of one picture or two, there is none
             growth = (best - wrong[:, quarter].max(axis=1)).mean() / -math.log(quarter.mean())
             best = best + growth * math.log(larger)
         is_shown = _ranks(right, sample.own) * larger < calibration.SHOWN

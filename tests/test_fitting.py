@@ -313,6 +313,16 @@ def test_an_empty_library_is_nothing_to_measure(store: Store) -> None:
     assert found.facts["channels"]["default"] == "image"
 
 
+@pytest.mark.parametrize("contents", [1, 2, 3])
+def test_a_library_of_copies_is_measured(store: Store, contents: int) -> None:
+    copies = [picture(number, ["a dog", "w1 w2"], number % contents) for number in range(12)]
+    write(store, copies)
+    found = fit(store, WordEncoder)
+    assert found is not None
+    background = found.facts["calibration"]["texts"]["image"]["background"]
+    assert all(map(math.isfinite, background))
+
+
 @pytest.mark.parametrize("patience", [0, 1, 2])
 def test_measuring_can_be_stopped(store: Store, patience: int) -> None:
     write(store, described(20))
