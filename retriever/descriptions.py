@@ -69,6 +69,8 @@ def camera_of(image: ImageFile.ImageFile) -> str | None:
         make, model = (clean_caption(_decoded(_raw(exif.get(tag)))) for tag in (_MAKE, _MODEL))
     except Exception:  # as in embedded_descriptions
         return None
+    if max(len(make), len(model)) > MAX_CAMERA_CHARS:  # else _COMPANY may take hours
+        return None
     make = _COMPANY.sub("", make)
     is_named = any(
         model.casefold().startswith(word) for word in make.casefold().split() if len(word) > 1

@@ -227,6 +227,7 @@ def facts_of(path: Path, exif: Image.Exif) -> Facts:
         ("富士".encode(), "X-T5", "富士 X-T5"),
         (" \0", "\0", None),
         ("", "x" * 201, None),
+        ("Maker" + " Co" * 100, "M1", None),  # what is too long is not looked through
         (b"\x01\x02", "", None),
     ],
 )
