@@ -723,10 +723,6 @@ class Snapshot:
         """(n,) float32: what `words` scores these items; 0 where no word is."""
         return words.scores(self._connection, text, ids)
 
-    def word_shares(self, text: str, ids: Sequence[int] | Ids) -> list[dict[str, float]]:
-        """What each word gives to the score of each of these items; zeros are left out."""
-        return words.shares(self._connection, text, ids)
-
     def fit(self) -> Fit | None:
         """What was measured of this library for this model; None: nothing, or it is damaged."""
         row = self._first("SELECT change, rows, facts, means FROM fits WHERE model_id = :model")

@@ -28,10 +28,10 @@ import os
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -61,6 +61,7 @@ SCORED = 100_000
 ALL_LETTERS = 50_000
 LEAST_LETTERS = 4  # of a word that may be misspelt: shorter ones are all near to each other
 NEAREST = 1  # edits in a word of up to five letters; in a longer one there may be two
+MISSPELT = 3  # words of a query; with more that are nowhere it is one in another language
 
 # Han, kana and Hangul, with the marks that stand for letters.
 _UNMARKED = re.compile(
@@ -308,18 +309,6 @@ def scores(
     return plan.shares([found.get(int(item_id), 0.0) for item_id in ids])
 
 
-def shares(
-    connection: sqlite3.Connection, text: str, ids: Sequence[int] | NDArray[np.int64]
-) -> list[dict[str, float]]:
-    """What each word of a query gives to the score of each of these items; zeros are left out."""
-    plan = _Plan.of(connection, text)
-    given: dict[int, dict[str, float]] = {int(item_id): {} for item_id in ids}
-    for word, term in zip(plan.words, plan.used, strict=True):
-        for item_id, score in replace(plan, words=(word,)).scored(connection, ids):
-            given[item_id][term.text] = float(plan.shares([score])[0])
-    return [given[int(item_id)] for item_id in ids]
-
-
 def expression(
     text: str, *, phrase: bool = False, columns: Sequence[str] | None = None
 ) -> str | None:
@@ -338,13 +327,12 @@ def expression(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How a query is asked: `words` are those that are looked for, of which `used` are the terms.
+    """How a query is asked: `words` are those of its terms that are looked for.
 
     most: what the score of SQLite can reach.
     """
 
     terms: tuple[Term, ...]
-    used: tuple[Term, ...]
     words: tuple[str, ...]
     most: float
 
@@ -354,8 +342,14 @@ class _Plan:
         words = {stem: word for word, stem in reversed(_stemmed(asked(text))) if stem}
         counts = {stem: _count(connection, word) for stem, word in reversed(words.items())}
         total = _total(connection)
+        # Read once, however many words are looked for.
+        vocabulary = cache(partial(_vocabulary, connection))
+        is_foreign = sum(not count for count in counts.values()) > MISSPELT
         spelt = [
-            _term(connection, words[stem], stem, count, total) for stem, count in counts.items()
+            Term(words[stem], count)
+            if count or is_foreign
+            else _term(connection, words[stem], stem, total, vocabulary)
+            for stem, count in counts.items()
         ]
         few = min(max(share * total, least) for share, least in COMMON)
         has_rare, so_far = any(0 < term.count <= few for term in spelt), 0
@@ -368,9 +362,9 @@ class _Plan:
                 so_far += term.count
         terms = [replace(term, left_out=term not in kept) for term in spelt]
         counted = [term for term in terms if not term.left_out]
-        used = tuple(term for term in counted if term.count)
+        found = tuple(term.text for term in counted if term.count)
         most = (K1 + 1) * sum(_idf(total, term.count) for term in counted)
-        return cls(tuple(terms), used, tuple(term.text for term in used), most)
+        return cls(tuple(terms), found, most)
 
     def scored(
         self,
@@ -443,14 +437,31 @@ def _stemmed(words: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(words, stems, strict=True))
 
 
-def _term(connection: sqlite3.Connection, word: str, stem: str, count: int, total: int) -> Term:
-    if not count and (right := _nearest(connection, stem, len(word), total)):
-        return Term(right, _count(connection, right), corrected_from=word)
-    return Term(word, count)
+_Vocabulary = Callable[[str, str], dict[str, int]]
 
 
-def _nearest(connection: sqlite3.Connection, stem: str, letters: int, total: int) -> str | None:
-    """The word of the library that a misspelt one was meant to be, as it stands there first.
+def _vocabulary(connection: sqlite3.Connection, first: str, last: str) -> dict[str, int]:
+    """In how many items each word stands, from the first up to but without the last."""
+    return dict(
+        connection.execute(
+            "SELECT term, doc FROM words_terms WHERE term >= ? AND term < ?", (first, last)
+        ).fetchall()
+    )
+
+
+def _term(
+    connection: sqlite3.Connection, word: str, stem: str, total: int, vocabulary: _Vocabulary
+) -> Term:
+    """Of a word that no item has."""
+    right = _nearest(stem, len(word), total, vocabulary)
+    surface = right and _surface(connection, right)
+    if not surface:
+        return Term(word, 0)
+    return Term(surface, _count(connection, surface), corrected_from=word)
+
+
+def _nearest(stem: str, letters: int, total: int, vocabulary: _Vocabulary) -> str | None:
+    """The word, as its stem, that a misspelt one was meant to be.
 
     Fewest edits win, of which a swap of neighbours is one; then the same first letter, then what
     stands in most items.
@@ -465,28 +476,22 @@ def _nearest(connection: sqlite3.Connection, stem: str, letters: int, total: int
     if total <= ALL_LETTERS:
         bounds.append(("", GAP))
     for first, last in bounds:
-        counts = dict(
-            connection.execute(
-                "SELECT term, doc FROM words_terms WHERE term >= ? AND term < ?"
-                " AND length(term) BETWEEN ? AND ?",
-                (first, last, max(2, len(stem) - edits), len(stem) + edits),
-            ).fetchall()
-        )
+        counts = vocabulary(first, last)
         found = extract(
             stem, list(counts), scorer=OSA.distance, score_cutoff=edits, limit=None, processor=None
         )
         near = [
             (distance, term[0] != stem[0], -counts[term], term)
             for term, distance, _ in found
-            if term.isalpha()
+            if term.isalpha() and len(term) > 1
         ]
         if near:
-            return _surface(connection, min(near)[-1])
+            return min(near)[-1]
     return None
 
 
 def _surface(connection: sqlite3.Connection, stem: str) -> str | None:
-    """A word of the library that has this stem: asked for the stem, SQLite would stem it again."""
+    """The first word of the library with this stem: SQLite would stem the stem once more."""
     found = connection.execute(
         "SELECT captions, name, folders FROM words"
         " WHERE rowid = (SELECT doc FROM words_places WHERE term = ? LIMIT 1)",
