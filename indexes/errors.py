@@ -12,6 +12,7 @@ StoreError
 └── InvalidConditionError  a condition that cannot be asked of pictures
 """
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -63,7 +64,8 @@ class InvalidConditionError(StoreError, ValueError):
 def callers_own(opened: AbstractContextManager[T]) -> Iterator[T]:
     """`opened`, for a block of the caller's: what that raises comes out as it is.
 
-    A fault in it says nothing about the state of the database, which `opened` would take it for.
+    A fault in it says nothing about the state of the database, which `opened` would take it for,
+    unless the database itself has raised it.
     """
     fault: BaseException | None = None
     try:
@@ -74,6 +76,6 @@ def callers_own(opened: AbstractContextManager[T]) -> Iterator[T]:
                 fault = error
                 raise
     except StoreError as error:
-        if fault is None or fault is error:
+        if fault is None or fault is error or isinstance(fault, sqlite3.Error):
             raise
         raise fault from None

@@ -737,6 +737,13 @@ def test_a_fault_of_the_callers_is_not_taken_for_one_of_the_database(store):
         raise ValueError("mine")
 
 
+def test_damage_that_a_block_of_the_callers_meets_is_told(store):
+    fill(store, 3)
+    execute(store, "DROP TABLE words_terms")
+    with pytest.raises(StoreDamagedError, match="repair"), store.snapshot() as rows:
+        rows.words("dog", 1)
+
+
 @pytest.mark.parametrize("where", ["", " WHERE owner_id = 1"])
 def test_vectors_of_a_wrong_length_are_told_as_damage(store, where):
     fill(store, 3, finish=False)
