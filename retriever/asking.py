@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 MOST_WORDS = 3  # of what a lone minus excludes; longer, it is a dash
 
-_OPERATOR = re.compile(r"\s+([+-])(?=\s)\s*")
+_OPERATOR = re.compile(r"(?<!\s)\s+([+-])(?=\s)\s*")
 _WEIGHT = re.compile(r"(\d{1,2}(?:\.\d+)?|\.\d+):(?=[^\s\d])")
 _ROOTED = re.compile(r"\.{0,2}[/\\]|~[/\\]|[A-Za-z]:[/\\]")
 _LETTER = re.compile(r"[^\W\d_]")
 # An opening mark stands at the beginning of a word, a closing one at the end: 6" is a length.
 _QUOTED = re.compile(
-    r"""(?<![^\s:(])(?:"([^"]*)"|“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»)(?![\w"])|「([^」]*)」"""
+    r"""(?<![^\s:(])(?:"([^"]*)"|“([^“”]*)”|„([^„“”]*)[“”]|«([^«»]*)»)(?![\w"])|「([^「」]*)」"""
 )
 
 
@@ -121,6 +121,11 @@ def parse(text: str, *, files: bool = True) -> Query:
 def phrases(text: str) -> tuple[str, ...]:
     """What stands between quotation marks in a text, without those."""
     return tuple(inner for found in _QUOTED.finditer(text) if (inner := _inner(found)))
+
+
+def unspoken(text: str) -> str:
+    """What stands outside of the quotation marks in a text."""
+    return _QUOTED.sub(" ", text)
 
 
 def unquoted(text: str) -> str:

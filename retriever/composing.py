@@ -122,8 +122,8 @@ def compose(query: Query, encoder: Encoder, means: Rows | None = None) -> Compos
         means: (2, d) mean embedding of the library's pictures and of its captions; None: unknown.
 
     Raises:
-        UsageError: nothing is asked, a weight is no number, a text cannot be encoded as UTF-8, or
-            the parts cancel each other out.
+        UsageError: nothing is asked, what to leave out is empty, a weight is no number, a text
+            cannot be encoded as UTF-8, or the parts cancel each other out.
         PictureError: a query picture cannot be read.
     """
     _check(query)
@@ -173,6 +173,8 @@ def _check(query: Query) -> None:
     if not query.texts and not query.images:
         what = "besides what to leave out" if query.without else "a text, a picture or both"
         raise UsageError(f"The query is empty: give {what}")
+    if any(isinstance(one, str) and not unquoted(one) for one in query.without):
+        raise UsageError("What to leave out is an empty text: give a thing or a picture")
     if not all(math.isfinite(weight) for _, weight in (*query.texts, *query.images)):
         raise UsageError("A weight must be a finite number")
     for text in (*(text for text, _ in query.texts), *query.without):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from indexes import words
 from indexes.errors import StoreDamagedError
-from retriever.asking import Query, phrases, unquoted
+from retriever.asking import Query, phrases, unquoted, unspoken
 from retriever.calibration import CUT, Calibration
 from retriever.channels import (
     FALLBACK,
@@ -191,7 +191,7 @@ class Searcher:
             fit = rows.fit()
             chosen = _chosen(rows, where, among, asked.phrases)
             groups = [*_named(rows, asked.names, chosen), (0, chosen)]
-        mode = mode or (_fused(fit)[1] if query.source == "text" else "image")
+        mode = mode or (_fused(fit)[1] if query.source == "text" and _has_words(query) else "image")
         _check_mode(mode, query)
         # What words alone find needs no encoder.
         composed = self._composed(query, fit) if mode != "words" or query.without else None
@@ -441,13 +441,11 @@ class Asked:
     @classmethod
     def of(cls, texts: Sequence[str]) -> Asked:
         """What is asked by texts as they were typed."""
-        spoken, others = [], []
+        spoken: list[str] = []
+        others: list[str] = []
         for text in texts:
-            rest = text
-            for phrase in phrases(text):
-                spoken.append(phrase)
-                rest = rest.replace(phrase, " ", 1)
-            others += [word for one in rest.split() if (word := one.strip(_MARKS))]
+            spoken += phrases(text)
+            others += [word for one in unspoken(text).split() if (word := one.strip(_MARKS))]
         names = tuple(dict.fromkeys(word for word in others if _is_name(word)))
         is_literal = bool(spoken or names) and all(map(_is_name, others))
         return cls(tuple(spoken), names, is_literal)
@@ -526,10 +524,14 @@ def _judge(
     return lambda scores: calibration.confidence(scores, mode, source)
 
 
+def _has_words(query: Query) -> bool:
+    return any(weight > 0 for _, weight in query.texts)
+
+
 def _check_mode(mode: str, query: Query) -> None:
     if mode not in MODES:
         raise UsageError(f"there is no mode {mode!r}: choose one of {', '.join(MODES)}")
-    if mode in ("words", "hybrid") and not any(weight > 0 for _, weight in query.texts):
+    if mode in ("words", "hybrid") and not _has_words(query):
         raise UsageError(f"mode {mode} looks for words: give a text")
 
 

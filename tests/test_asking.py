@@ -1,5 +1,6 @@
 """What a typed query means, and what only looks like grammar in it."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -284,3 +285,10 @@ def test_where_the_thing_cannot_be_told_the_hint_is_general(text: str) -> None:
 )
 def test_words_that_only_look_like_negations_get_none(text: str) -> None:
     assert negation_hint(text) is None
+
+
+@pytest.mark.parametrize("text", ["a" + " " * 50_000 + "b", " „" * 50_000, " “" * 50_000])
+def test_a_long_text_is_read_at_once(text: str) -> None:
+    begin = time.process_time()
+    assert parse(text).texts == ((text.strip(), 1.0),)
+    assert time.process_time() - begin < 5  # seconds; minutes if it were read from each letter on

@@ -151,6 +151,7 @@ def test_a_row_is_a_unit_row_and_scaling_all_weights_changes_nothing(
     [
         (Query(), "The query is empty: give a text"),
         (Query(without=("red",)), "besides what to leave out"),
+        (Query(texts=(("red", 1.0),), without=("blue", " ")), "leave out is an empty text"),
         (texts(red=0.0), "cancel each other out"),
         (texts(red=1.0, blue=float("nan")), "finite number"),
         (texts(**{"\ud800": 1.0}), "not UTF-8"),

@@ -16,7 +16,7 @@ from indexes.store import Store
 from retriever.asking import Query
 from retriever.errors import PictureError, UsageError
 from retriever.ingest import index_folder
-from retriever.search import Searcher
+from retriever.search import Asked, Searcher
 
 TOLERANCE = 2e-3  # the store keeps embeddings in half precision
 
@@ -218,6 +218,8 @@ def test_texts_are_searched_as_was_measured_and_pictures_by_pictures(described: 
     measured(described._store, channels("hybrid"))
     assert described.images(text("red")).mode == "hybrid"
     assert described.images(Query(images=((flat("red"), 1.0),))).mode == "image"
+    pushed = Query(texts=(("red", -1.0),))  # has no words to look for
+    assert described.images(pushed).mode == "image"
     measured(described._store, channels("image"))
     assert described.images(text("red")).mode == "image"
 
@@ -289,6 +291,12 @@ def test_pictures_with_a_name_in_the_query_come_before_all_others(described: Sea
     assert len(hits) == 4
     assert hits[0].score < hits[1].score
     assert names(described.images(text("red 2042"), 1)) == ["IMG_2042"]
+
+
+def test_a_phrase_is_taken_out_where_it_stands(described: Searcher) -> None:
+    asked = Asked.of(['IMG_2041 "IMG" or "41"'])
+    assert asked == Asked(("IMG", "41"), ("IMG_2041",), is_literal=False)
+    assert names(described.images(text('IMG_2042 "2042"'))) == ["IMG_2042"]
 
 
 def test_what_is_found_by_name_alone_is_certain(described: Searcher) -> None:
