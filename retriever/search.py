@@ -303,9 +303,7 @@ def _is_near(ones: tuple[str, ...], others: tuple[str, ...]) -> bool:
     one, other = set(ones), set(others)
     if len(one & other) < NEAR * len(one | other):
         return False
-    from difflib import SequenceMatcher
-
-    return SequenceMatcher(None, ones, others, autojunk=False).ratio() >= NEAR
+    return words.likeness(ones, others) >= NEAR
 
 
 class _Found:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from indexes.store import Store
 from retriever.asking import Query
 from retriever.errors import PictureError, UsageError
 from retriever.ingest import index_folder
-from retriever.search import Asked, Searcher
+from retriever.search import Asked, Searcher, _is_near
 
 TOLERANCE = 2e-3  # the store keeps embeddings in half precision
 
@@ -401,6 +402,15 @@ def test_captions_that_say_the_same_are_given_once(
     index_folder(fresh_store, lambda: toy_encoder, tmp_path / "p")
     hits = Searcher(fresh_store, lambda: toy_encoder).captions(text("red"))
     assert [hit.caption for hit in hits] == ["A red door.", long, *lines[-2:]]
+
+
+def test_captions_of_many_words_are_compared_at_once() -> None:
+    rng = np.random.default_rng(0)
+    one, other = (tuple(rng.choice([*"abcdefghij"], 20_000).tolist()) for _ in range(2))
+    begin = time.process_time()
+    assert not _is_near(one, other)
+    assert _is_near(one, (*one[:-9], *"abc"))
+    assert time.process_time() - begin < 5  # seconds; difflib took half a minute
 
 
 def test_captions_can_be_those_of_chosen_pictures(described: Searcher) -> None:
