@@ -694,20 +694,23 @@ class Library:
         self._store.rebuild()
 
 
-def _measured(fit: Fit) -> AnswersInfo:
-    channels = fit.facts["channels"]
-    texts = fit.facts["calibration"]["texts"]
-    return {
-        "mode": channels["default"],
-        "weights": channels["weights"],
-        "queries": channels["queries"],
-        "measured": channels["measured"],
-        "cut_off": {
-            mode: {"auc": facts["auc"], "error": facts["error"]}
-            for mode, facts in texts.items()
-            if "slope" in facts
-        },
-    }
+def _measured(fit: Fit) -> AnswersInfo | None:
+    try:
+        channels = fit.facts["channels"]
+        texts = fit.facts["calibration"]["texts"]
+        return {
+            "mode": channels["default"],
+            "weights": channels["weights"],
+            "queries": channels["queries"],
+            "measured": channels["measured"],
+            "cut_off": {
+                mode: {"auc": facts["auc"], "error": facts["error"]}
+                for mode, facts in texts.items()
+                if "slope" in facts
+            },
+        }
+    except (KeyError, TypeError, AttributeError):  # measured by another version
+        return None
 
 
 def _load(encoder: str | Encoder, device: str, threads: int | None) -> tuple[Encoder, ModelSpec]:

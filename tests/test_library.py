@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +250,18 @@ def fitted(library: Library) -> int | None:
     with library._store.snapshot() as rows:
         fit = rows.fit()
     return fit.change if fit else None
+
+
+def test_what_another_version_measured_is_not_told(many: Library) -> None:
+    assert many.info()["answers"] is not None
+    with many._store.snapshot() as rows:
+        fit = rows.fit()
+    assert fit is not None
+    for facts in ({}, {"channels": 3}, {"channels": fit.facts["channels"]}):
+        with many._store.writer() as writer:
+            writer.record_fit(replace(fit, facts=facts))
+        assert many.info()["answers"] is None
+        assert many.search("red").mode in ("image", "hybrid")
 
 
 def test_index_measures_a_library_and_again_when_it_changed(
