@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from indexes.records import Source
 
+MOST_HINTED = 1000  # characters of a text in which a negation is looked for
 MOST_WORDS = 3  # of what a lone minus excludes; longer, it is a dash
 
 _OPERATOR = re.compile(r"(?<!\s)\s+([+-])(?=\s)\s*")
@@ -169,6 +170,7 @@ def negation_hint(text: str) -> str | None:
     Dual encoders hardly read a negation: "a beach without people" finds people on beaches, more of
     them than "a beach" does. Alhamoud et al. 2025 (NegBench), arXiv:2501.09425.
     """
+    text = text[:MOST_HINTED]
     if not _may_negate(text):
         return None
     found = (

@@ -188,10 +188,8 @@ class Channels:
                 is_all=parts["image"].is_all,
                 terms=parts["words"].terms,
             )
-            if ranking.is_all:
-                return ranking
             is_sure = len(known) >= count and ranking.scores[count - 1] >= self.fusion.bound(last)
-            if is_sure or depth >= DEEPEST:
+            if ranking.is_all or is_sure or depth >= DEEPEST:
                 return _first(ranking, count)
             depth *= 4
 
