@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "CaptionHit", "Hit", "Query", "Searcher"]
 
 SHORTEST_NAME = 3  # letters and digits of a word that names something by a digit
+# Answers more than wanted, among which copies of those that are shown are counted; not beyond what
+# an approximate index is tuned for.
+SPARE, TUNED = 10, 100
 NEAR = 0.9  # of the words of two captions that say the same, such as 10 of 11
 # What people are told before answers of which none is a match.
 NO_MATCH = "No good match. The nearest are:"
@@ -204,7 +207,7 @@ class Searcher:
         for names, group in groups:
             ranked = replace(channels, among=group)
             is_certain = asked.is_literal and names == len(asked.names)
-            count = k
+            count = k if all else max(k, min(k + SPARE, TUNED))
             while not found.is_enough:
                 ranking = ranked.best(mode, count)
                 terms = ranking.terms or terms

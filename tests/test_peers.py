@@ -61,7 +61,7 @@ def test_rclip_keeps_nothing_of_an_interrupted_first_run(
     with pytest.raises(KeyboardInterrupt):
         library.index(folder, progress=interrupt)
     with reopen(library, toy_encoder) as library:
-        kept = len(names(library, "red", k=40))
+        kept = len(library.search("red", k=40, all=True))
         assert kept == library.info()["items"] > 0
         toy_encoder.images_seen = 0
         assert library.index(folder) == IndexReport(added=40 - kept, unchanged=kept)
@@ -176,7 +176,8 @@ def test_deepimagesearch_does_not_find_an_exact_duplicate(
     shutil.copyfile(tiny_pairs / "red.png", tiny_pairs / "more/again.png")
     library.index(tiny_pairs)
     query = shutil.copyfile(tiny_pairs / "red.png", tmp_path / "query.png")
-    first, second, third = library.search(image=query, k=3)
+    assert library.search(image=query, k=1)[0].duplicates == 1
+    first, second, third = library.search(image=query, k=3, all=True)
     assert {first.path.name, second.path.name} == {"red.png", "again.png"}
     assert (first.score, second.score) == pytest.approx((1, 1), abs=1e-3)
     assert third.score < 0.9
@@ -189,7 +190,10 @@ def test_deepimagesearch_returns_too_few_when_a_filter_leaves_few_candidates(
     series(tmp_path / "pictures", 60)
     series(tmp_path / "pictures/rare", 6, "blue")
     library.index(tmp_path / "pictures")
-    rare = [hit.item_id for hit in library.search("blue", k=6)]
+    rare = [hit.item_id for hit in library.search("blue", k=6, all=True)]
+    filtered = library.search("red", k=5, all=True, where='path like "*/rare/*"')
+    assert {hit.item_id for hit in filtered} < set(rare)
+    assert len(filtered) == 5
     query = toy_encoder.encode_texts(["red"])
     with Store.open(library.path) as store:
         (match,) = store.search("image", query, 5, among=rare)
