@@ -28,10 +28,10 @@ import os
 import re
 import sqlite3
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -56,11 +56,10 @@ COMMON = ((0.5, 1_000), (0.1, 10_000))
 # Items scored for a query, at most, which takes about 0.15 s. Words of which that would be more are
 # left out beside rarer ones; of one that is alone, the first items are taken.
 SCORED = 100_000
-# Misspelt words are looked for among those with the same first letter; in libraries of up to so
-# many items, then among all.
-ALL_LETTERS = 50_000
-LEAST_LETTERS = 4  # of a word that may be misspelt: shorter ones are all near to each other
-NEAREST = 1  # edits in a word of up to five letters; in a longer one there may be two
+# Letters of a word that may be misspelt: shorter ones are all near to each other, longer ones none.
+LEAST_LETTERS, MOST_LETTERS = 5, 40
+LONG = 8  # letters of a word that may be two edits away, shorter ones one
+ALIKE = 20  # words that are looked at as they are written
 MISSPELT = 3  # words of a query; with more that are nowhere it is one in another language
 
 # Han, kana and Hangul, with the marks that stand for letters.
@@ -353,12 +352,11 @@ class _Plan:
         counts = {stem: _count(connection, word) for stem, word in reversed(words.items())}
         total = _total(connection)
         # Read once, however many words are looked for.
-        vocabulary = cache(partial(_vocabulary, connection))
         is_foreign = sum(not count for count in counts.values()) > MISSPELT
         spelt = [
             Term(words[stem], count)
             if count or is_foreign
-            else _term(connection, words[stem], stem, total, vocabulary)
+            else _term(connection, words[stem], stem)
             for stem, count in counts.items()
         ]
         few = min(max(share * total, least) for share, least in COMMON)
@@ -447,9 +445,6 @@ def _stemmed(words: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(words, stems, strict=True))
 
 
-_Vocabulary = Callable[[str, str], dict[str, int]]
-
-
 def _vocabulary(connection: sqlite3.Connection, first: str, last: str) -> dict[str, int]:
     """In how many items each word stands, from the first up to but without the last."""
     return dict(
@@ -459,53 +454,51 @@ def _vocabulary(connection: sqlite3.Connection, first: str, last: str) -> dict[s
     )
 
 
-def _term(
-    connection: sqlite3.Connection, word: str, stem: str, total: int, vocabulary: _Vocabulary
-) -> Term:
+def _term(connection: sqlite3.Connection, word: str, stem: str) -> Term:
     """Of a word that no item has."""
-    right = _nearest(stem, len(word), total, vocabulary)
-    surface = right and _surface(connection, right)
-    if not surface:
+    right = _nearest(connection, word, stem)
+    if right is None:
         return Term(word, 0)
-    return Term(surface, _count(connection, surface), corrected_from=word)
+    return Term(right, _count(connection, right), corrected_from=word)
 
 
-def _nearest(stem: str, letters: int, total: int, vocabulary: _Vocabulary) -> str | None:
-    """The word, as its stem, that a misspelt one was meant to be.
+def _nearest(connection: sqlite3.Connection, word: str, stem: str) -> str | None:
+    """The word that a misspelt one was meant to be.
 
-    Fewest edits win, of which a swap of neighbours is one; then the same first letter, then what
-    stands in most items.
+    It begins with the same letter, as most misspelt words do, and what is not far away by its stem
+    must be near as it is written: "paris" and "parked" have stems that differ in one letter. Fewest
+    edits win, of which a swap of neighbours is one; then what stands in most items.
     """
-    if letters < LEAST_LETTERS or not stem.isalpha() or _UNMARKED.search(stem):
+    edits = 1 if len(word) < LONG else 2
+    if not LEAST_LETTERS <= len(word) <= MOST_LETTERS or not stem.isalpha():
+        return None
+    if word[0].isupper():  # a name
+        return None
+    if _UNMARKED.search(stem):
         return None
     from rapidfuzz.distance import OSA
     from rapidfuzz.process import extract
 
-    edits = NEAREST + (letters > 5)
-    bounds = [(stem[0], chr(ord(stem[0]) + 1))]
-    if total <= ALL_LETTERS:
-        bounds.append(("", GAP))
-    for first, last in bounds:
-        counts = vocabulary(first, last)
-        found = extract(
-            stem, list(counts), scorer=OSA.distance, score_cutoff=edits, limit=None, processor=None
-        )
-        near = [
-            (distance, term[0] != stem[0], -counts[term], term)
-            for term, distance, _ in found
-            if term.isalpha() and len(term) > 1
-        ]
-        if near:
-            return min(near)[-1]
-    return None
+    counts = _vocabulary(connection, stem[0], chr(ord(stem[0]) + 1))
+    alike = extract(
+        stem, list(counts), scorer=OSA.distance, score_cutoff=edits + 1, limit=ALIKE, processor=None
+    )
+    near = [
+        (distance, -counts[term], surface)
+        for term, _, _ in alike
+        if term.isalpha() and len(term) > 1
+        for surface in _surfaces(connection, term)
+        if (distance := OSA.distance(word, surface)) <= edits
+    ]
+    return min(near)[-1] if near else None
 
 
-def _surface(connection: sqlite3.Connection, stem: str) -> str | None:
-    """The first word of the library with this stem: SQLite would stem the stem once more."""
+def _surfaces(connection: sqlite3.Connection, stem: str) -> set[str]:
+    """Words of the library with this stem, as some items have them."""
     found = connection.execute(
-        "SELECT captions, name, folders FROM words"
-        " WHERE rowid = (SELECT doc FROM words_places WHERE term = ? LIMIT 1)",
+        "SELECT captions, name, folders FROM words WHERE rowid IN"
+        " (SELECT DISTINCT doc FROM words_places WHERE term = ? LIMIT 5)",
         (stem,),
-    ).fetchone()
-    words = _WORD.findall(" ".join(found or ()))
-    return next((word for word, its in _stemmed(words) if its == stem), None)
+    )
+    words = {word.lower() for row in found for word in _WORD.findall(" ".join(row))}
+    return {word for word, its in _stemmed([*words]) if its == stem}
