@@ -4,6 +4,10 @@ A caption is a query whose right answer is known. So of each picture in a sample
 out: it is asked for, and neither the caption channel nor the words know it. Half of the queries fit
 the weights, the other half measures what came of them.
 
+A caption that several pictures share, as a label is, is held out of all of them and asked once, and
+each of them is a right answer: the best one counts. A picture loses only one caption that way, so
+that something is left to find it by.
+
 The weights are those of a softmax regression: the chance that a picture is the one asked for is
 taken to grow with exp(b · channels), and b is what makes the right answers likeliest among all of
 the sample. That is convex, done in a few Newton steps, and finds on Flickr8k what trying a grid of
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 Rows = NDArray[np.float32]
 Places = NDArray[np.int64]
 Scores = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 # A library is fitted anew when so much of it is others than it was.
 OUTGROWN = 0.2
@@ -127,8 +132,9 @@ class Sample:
 
     pictures: (n, d) unit rows. captions: (m, d) unit rows, those not held out. owners: (m,) the
     place in `pictures` of each, ascending. texts: of `captions`. queries: (q, d) unit rows of what
-    is held out. asked: their texts. own: (q,) the place of the picture that each is of. words: of
-    the pictures, without what is held out.
+    is held out. asked: their texts, all different. own: (q,) the place of a picture that each is
+    of. also: (q, n) which other pictures it is of. words: of the pictures, without what is held
+    out.
     """
 
     pictures: Rows
@@ -138,6 +144,7 @@ class Sample:
     queries: Rows
     asked: tuple[str, ...]
     own: Places
+    also: Mask
     words: _Words
 
     @classmethod
@@ -148,7 +155,9 @@ class Sample:
 
         Pictures with captions come first as far as they are asked for; a copy of one that is there
         is left out, because its captions give the answer away. What is asked of a picture with two
-        different captions or more is one of them; another picture is there with what it has.
+        different captions or more is one of them, of those that fewest pictures share; nothing is
+        asked that a picture has which lost a caption already. Another picture is there with what it
+        has.
         """
         rng = np.random.default_rng(seed)
         with store.snapshot() as rows:
@@ -157,39 +166,49 @@ class Sample:
             first = rng.permutation(captioned)[: min(queries, count)]
             others = rng.permutation(np.setdiff1d(everything, first))[: count - len(first)]
             found = _read(rows, [*first.tolist(), *others.tolist()])
-        held: dict[int, list[int]] = {}
+        holders: dict[str, set[int]] = {}
         for place, picture in enumerate(found):
-            if len(set(picture.texts.values())) > 1 and len(held) < queries:
-                asked = [*picture.texts][rng.integers(len(picture.texts))]
-                # Said twice of a picture, it would answer to itself.
-                held[place] = [asked]
-                held[place] += [
-                    one
-                    for one, text in picture.texts.items()
-                    if one != asked and text == picture.texts[asked]
-                ]
-        hidden = {one for several in held.values() for one in several}
+            for text in picture.texts.values():
+                holders.setdefault(text, set()).add(place)
+        held: dict[str, tuple[int, int]] = {}  # of each text, a picture and the caption there
+        lost: set[int] = set()
+        for place, picture in enumerate(found):
+            if len(set(picture.texts.values())) < 2 or len(held) == queries:
+                continue
+            free = [one for one, text in picture.texts.items() if lost.isdisjoint(holders[text])]
+            # One that all pictures share would leave nothing else to ask.
+            least = min((len(holders[picture.texts[one]]) for one in free), default=0)
+            free = [one for one in free if len(holders[picture.texts[one]]) == least]
+            if free:
+                one = free[rng.integers(len(free))]
+                held[picture.texts[one]] = place, one
+                lost |= holders[picture.texts[one]]
         kept = [
             (place, one)
             for place, picture in enumerate(found)
-            for one in picture.texts
-            if one not in hidden
+            for one, text in picture.texts.items()
+            if text not in held
         ]
-        asked_of = [(found[place], several[0]) for place, several in held.items()]
+        own = np.array([place for place, _ in held.values()], dtype=np.int64)
+        also = np.zeros((len(held), len(found)), dtype=bool)
+        for row, text in enumerate(held):
+            also[row, [*holders[text]]] = True
+        also[np.arange(len(held)), own] = False
         dim = store.model.dim
         return cls(
             pictures=_rows([picture.vector for picture in found], dim),
             captions=_rows([found[place].vectors[one] for place, one in kept], dim),
             owners=np.array([place for place, _ in kept], dtype=np.int64),
             texts=tuple(found[place].texts[one] for place, one in kept),
-            queries=_rows([picture.vectors[one] for picture, one in asked_of], dim),
-            asked=tuple(picture.texts[one] for picture, one in asked_of),
-            own=np.array([*held], dtype=np.int64),
+            queries=_rows([found[place].vectors[one] for place, one in held.values()], dim),
+            asked=tuple(held),
+            own=own,
+            also=also,
             words=_Words.of(
                 [
                     words.row(
                         place,
-                        [text for one, text in picture.texts.items() if one not in hidden],
+                        [text for text in picture.texts.values() if text not in held],
                         picture.file,
                         picture.root,
                     )
@@ -284,7 +303,7 @@ def fit(
     if stop is not None and stop():
         return None
     held = sample.channels(sample.queries, sample.asked)
-    fusion, record = weigh(held, sample.own)
+    fusion, record = weigh(held, sample.own, sample.also)
     if stop is not None and stop():
         return None
     by_mode: dict[str, calibration.Sample] = {}
@@ -322,8 +341,12 @@ def compare(
     all grows with the logarithm of their number, as that of any sample whose tail falls
     exponentially; by how much is seen in a quarter of the sample.
     """
-    told = np.concatenate([sample.captions, sample.queries])
-    owners = np.concatenate([sample.owners, sample.own])
+    # What several pictures share is looked at once, as of the first of them: it should not be
+    # taken for two captions that say the same of different pictures.
+    firsts = {text: place for place, text in reversed([*enumerate(sample.texts)])}
+    once = np.array(sorted(firsts.values()), dtype=np.int64)
+    told = np.concatenate([sample.captions[once], sample.queries])
+    owners = np.concatenate([sample.owners[once], sample.own])
     some = slice(None, None, 1 + len(told) // CAPTIONS)
     is_unrelated = calibration.unrelated(rows, told[some], owners[some])
     texts = [text for text, kept in zip(texts, is_unrelated, strict=True) if kept]
@@ -337,7 +360,8 @@ def compare(
         if larger > 1 and quarter.any():  # of copies of one picture or two, there is none
             growth = (best - wrong[:, quarter].max(axis=1)).mean() / -math.log(quarter.mean())
             best = best + growth * math.log(larger)
-        is_shown = _ranks(right, sample.own) * larger < calibration.SHOWN
+        ranks = _ranks(np.where(sample.also, -np.inf, right), sample.own)
+        is_shown = ranks * larger < calibration.SHOWN
         pairs = right[np.flatnonzero(is_shown), sample.own[is_shown]]
         found[mode] = calibration.Sample(pairs.astype(np.float64), best.astype(np.float64))
     return found
@@ -350,13 +374,15 @@ def _of_mode(mode: Mode, channels: Mapping[Channel, Scores], fusion: Fusion) -> 
 
 
 def weigh(
-    held: Mapping[Channel, Scores], own: Places, *, seed: int = SEED
+    held: Mapping[Channel, Scores], own: Places, also: Mask | None = None, *, seed: int = SEED
 ) -> tuple[Fusion, dict[str, Any]]:
     """The fusion that puts the right pictures first, and what it was measured to be worth.
 
     Args:
         held: (q, n) of each channel, of queries whose caption is held out.
         own: (q,) the place of the right picture of each.
+        also: (q, n) which others are right, too: the first of all that are right is measured, and
+            the weights are fitted as if these others were not there. None: no others.
         seed: of which queries fit and which measure, and of the intervals.
 
     Returns:
@@ -367,17 +393,23 @@ def weigh(
     order = np.random.default_rng(seed).permutation(len(own))
     fits, measures = np.sort(order[: len(own) // 2]), np.sort(order[len(own) // 2 :])
     stacked = np.stack([held[name] for name in CHANNELS])
-    fusion = _fitted(stacked[:, fits], own[fits], seed)
+    also = np.zeros(stacked.shape[1:], dtype=bool) if also is None else also
+    fusion = _fitted(stacked[:, fits], own[fits], also[fits], seed)
     record: dict[str, Any] = {**fusion.facts(), "queries": 0, "measured": {}, "default": "image"}
     if len(own) >= FEWEST:
         part = {name: scores[measures] for name, scores in held.items()}
-        ranks = {mode: _ranks(_of_mode(mode, part, fusion), own[measures]) for mode in MODES}
+        right = also[measures]
+        right[np.arange(len(measures)), own[measures]] = True
+        ranks: dict[Mode, Places] = {}
+        for mode in MODES:
+            scores = _of_mode(mode, part, fusion)
+            ranks[mode] = _ranks(scores, np.where(right, scores, -np.inf).argmax(axis=1))
         record |= _measured(ranks, seed)
     return fusion, record
 
 
-def _fitted(channels: Scores, own: Places, seed: int) -> Fusion:
-    """The fusion that makes the right of (3, q, n) channel scores likeliest."""
+def _fitted(channels: Scores, own: Places, also: Mask, seed: int) -> Fusion:
+    """The fusion that makes `own` of (3, q, n) channel scores likeliest of all but `also`."""
     image, caption, _ = channels
     has_none = np.isnan(caption)
     if not channels[:, ~has_none].size:
@@ -385,7 +417,7 @@ def _fitted(channels: Scores, own: Places, seed: int) -> Fusion:
     spread = np.array([one[~has_none].std() for one in channels], dtype=np.float64)
     spread = np.where(spread > 0, spread, 1.0)
     prior = np.array(PRIOR) / spread
-    known = np.where(has_none, -np.inf, 0.0).astype(np.float32)
+    known = np.where(has_none | also, -np.inf, 0.0).astype(np.float32)
     filled = np.nan_to_num(channels, nan=0.0)
     weights = _likeliest(filled, own, prior, 1 / spread, np.zeros(3), known)
     total = weights.sum()
@@ -397,6 +429,7 @@ def _fitted(channels: Scores, own: Places, seed: int) -> Fusion:
     scored = np.tensordot(weights.astype(np.float32), filled, 1)
     scored[bare] = 0.0
     scored[has_none] = np.float32(weights[2]) * channels[2][has_none]
+    scored[also] = -np.inf
     ones = bare.astype(np.float32)
     foot, slope = _likeliest(
         np.stack([ones, ones * image]),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import COLOURS, ToyEncoder
 
 import retriever.fitting as fitting
 from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store
@@ -145,6 +146,37 @@ def test_copies_are_there_once_and_single_captions_ask_nothing(store: Store) -> 
     assert np.isnan(scores["caption"]).sum() == 1
 
 
+def test_a_shared_text_is_hidden_everywhere_and_all_that_have_it_are_right(store: Store) -> None:
+    kinds = [(f"label {kind}", f"telling of {kind}") for kind in range(6)]
+    write(store, [picture(number, kinds[number % 6]) for number in range(30)])
+    sample = Sample.of(store)
+    assert len(sample.asked) == 6  # one of the two of each kind, and no picture lost both
+    assert not set(sample.asked) & set(sample.texts)
+    assert len(sample.texts) == 30
+    right = sample.also.copy()
+    assert not right[np.arange(6), sample.own].any()
+    right[np.arange(6), sample.own] = True
+    assert right.sum(axis=0).tolist() == [1] * 30
+    kept = dict(zip(sample.owners, sample.texts, strict=True))
+    for row, text in enumerate(sample.asked):
+        assert {kept[place][-1] for place in np.flatnonzero(right[row])} == {text[-1]}
+    words = sample.words.scores(["label telling"])
+    said = sum(any(word in text for word in ("label", "telling")) for text in sample.texts)
+    assert (words > 0).sum() == said
+
+
+def test_a_text_that_all_pictures_share_leaves_others_to_ask(store: Store) -> None:
+    write(
+        store,
+        [picture(number, ["holidays", f"w{number} a", f"w{number} b"]) for number in range(9)],
+    )
+    for seed in range(5):
+        sample = Sample.of(store, seed=seed)
+        assert len(sample.asked) == 9
+        assert "holidays" not in sample.asked
+        assert not sample.also.any()
+
+
 def test_a_sample_is_bounded_and_the_same_each_time(store: Store) -> None:
     write(store, [*described(60), *(picture(100 + number, []) for number in range(60))])
     sample = Sample.of(store, count=50, queries=20)
@@ -221,6 +253,37 @@ def test_with_few_queries_the_prior_decides_and_nothing_is_measured() -> None:
     assert fusion.weights["caption"] > fusion.weights["image"] > fusion.weights["words"]
     none = {name: scores[:0] for name, scores in planted(3, 12, (1.0, 1.0, 1.0)).items()}
     assert weigh(none, np.arange(0))[0] == FALLBACK
+
+
+def test_the_best_of_several_right_pictures_is_measured() -> None:
+    held = planted(7, 200, (0.0, 0.0, 0.0))
+    also = np.zeros((200, 200), dtype=bool)
+    also[np.arange(200), (np.arange(200) + 1) % 200] = True
+    for scores in held.values():
+        scores[also] += 2.0
+    assert weigh(held, np.arange(200))[1]["measured"]["image"]["r@1"] < 5
+    measured = weigh(held, np.arange(200), also)[1]["measured"]
+    assert {found["r@1"] for found in measured.values()} == {100.0}
+
+
+def test_other_right_pictures_are_not_there_for_the_weights() -> None:
+    own = np.arange(300)
+    held = planted(8, 300, (1.0, 3.0, 2.0))
+    rng = np.random.default_rng(9)
+    more = {
+        name: np.hstack([scores, rng.normal(0.3, 0.1, (300, 60)).astype(np.float32)])
+        for name, scores in held.items()
+    }
+    more["caption"][:, 300:] += 0.1  # taken for wrong, they would tell against captions
+    also = np.zeros((300, 360), dtype=bool)
+    also[:, 300:] = True
+    without, masked, wrong = (
+        weigh(*one)[0] for one in ((held, own), (more, own, also), (more, own))
+    )
+    for name, weight in without.weights.items():
+        assert masked.weights[name] == pytest.approx(weight, abs=0.01)
+    assert masked.bare == pytest.approx(without.bare, abs=0.1)
+    assert wrong.weights["caption"] < masked.weights["caption"] - 0.03
 
 
 def test_the_factors_are_the_top_of_the_posterior() -> None:
@@ -306,6 +369,43 @@ def test_a_library_without_captions_is_measured_by_its_pictures(store: Store) ->
     assert not found.means[1].any()
 
 
+def test_pictures_that_share_labels_are_measured_by_all_that_have_them(
+    fresh_store: Store, toy_encoder: ToyEncoder
+) -> None:
+    """A colour is shared by six kinds, so pictures alone tell little; their labels name them."""
+    items = []
+    for number in range(42 * 4):
+        kind = number % 42
+        colour = [*COLOURS][kind % len(COLOURS)]
+        labels = (f"{colour} brand{kind}", f"brand{kind} is a {colour} thing, as all know")
+        flat = np.full((1, 1, 3), COLOURS[colour])
+        items.append(
+            ItemWrite(
+                file=f"{number}.png",
+                size=1,
+                mtime_ns=1,
+                content_hash=number.to_bytes(8, "big"),
+                width=1,
+                height=1,
+                captions=tuple(CaptionRow(text, "sidecar") for text in labels),
+                image_embedding=toy_encoder.encode_images([flat])[0],
+                caption_embeddings=toy_encoder.encode_texts(labels),
+            )
+        )
+    write(fresh_store, items)
+    found = fit(fresh_store, lambda: toy_encoder)
+    assert found is not None
+    record = found.facts["channels"]
+    assert record["queries"] == 21
+    assert record["measured"]["image"]["r@1"] < 40
+    assert record["measured"]["hybrid"]["r@1"] > 90
+    assert record["default"] == "hybrid"
+    # No right picture stands behind another right one.
+    facts = found.facts["calibration"]["texts"]["hybrid"]
+    assert facts["pairs"] == 42
+    assert facts["auc"] > 0.95
+
+
 def test_an_empty_library_is_nothing_to_measure(store: Store) -> None:
     assert not is_due(store)
     found = fit(store, WordEncoder)
@@ -369,6 +469,20 @@ def test_few_pictures_are_not_worth_measuring(store: Store) -> None:
     assert is_due(store)
 
 
+def test_a_pair_is_not_hidden_behind_others_that_are_right_too(store: Store) -> None:
+    write(
+        store, [picture(number, [f"kind {number % 5}", f"a {number % 5}"]) for number in range(40)]
+    )
+    sample = Sample.of(store)
+    scores = np.full((5, 40), 0.1, dtype=np.float32)
+    scores[np.arange(5), sample.own] = 0.5
+    scores[sample.also] = 0.9
+    held = {"image": scores, "caption": scores, "words": scores}
+    rows = WordEncoder().encode_texts(["nothing like it"])
+    found = fitting.compare(sample, held, FALLBACK, ["nothing like it"], rows, 40)
+    assert found["image"].pairs == pytest.approx([0.5] * 5)
+
+
 def test_the_best_of_a_larger_library_is_foretold_by_a_sample() -> None:
     """Of scores with an exponential tail, the best of n grows with log n."""
     rng = np.random.default_rng(6)
@@ -383,6 +497,7 @@ def test_the_best_of_a_larger_library_is_foretold_by_a_sample() -> None:
         queries=np.zeros((0, dim), np.float32),
         asked=(),
         own=np.zeros(0, np.int64),
+        also=np.zeros((0, small), bool),
         words=fitting._Words({}, {}, 0.0, small),
     )
 
