@@ -89,7 +89,7 @@ def choose(rows: int, dim: int, memory_bytes: int | None = None) -> Choice:
     scan = f"to scan {rows:,} vectors of {dim} is to read {2 * rows * dim / 1e6:,.1f} MB"
     if 2 * rows * dim < EXACT_BYTES or rows < LEAST_ROWS:
         limit = EXACT_BYTES / 1e6
-        return Choice(0, 0, 0, f"{scan}; below {limit:,.0f} exact search takes milliseconds")
+        return Choice(0, 0, 0, f"{scan}; below {limit:,.0f} MB exact search takes milliseconds")
     try:
         plan = _plan(rows, dim, memory_bytes)
     except UnsuitableError as error:

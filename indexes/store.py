@@ -172,7 +172,12 @@ class Store:
         if read_only is not None:
             return cls._open(file, model, add_model, read_only)
         if not (may_write(path) and may_write(file)):
-            return cls._open(file, model, add_model, True)
+            store = cls._open(file, model, add_model, True)
+            store._hindrance = (
+                f"{path} may not be written, so it can be searched but not changed: check the"
+                " permissions of the folder and its files, or work on a copy (`retriever backup`)"
+            )
+            return store
         try:
             return cls._open(file, model, add_model, False)
         except StoreReadOnlyError as error:

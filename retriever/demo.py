@@ -122,6 +122,7 @@ def build(folder: Path | None = None) -> Demo:
     try:
         for file in PHOTOGRAPHS:
             shutil.copyfile(samples / file, demo.pictures / file)
+        _refuse_another_file(demo.query, samples / QUERY_PICTURE)
         shutil.copyfile(samples / QUERY_PICTURE, demo.query)
     except FileNotFoundError as exc:
         raise RetrieverError(
@@ -143,6 +144,13 @@ def _refuse_other_files(pictures: Path) -> None:
                 f"{printable(pictures)} holds files that are not the demo's, such as"
                 f" {printable(path.name)}: choose another folder"
             )
+
+
+def _refuse_another_file(path: Path, ours: Path) -> None:
+    if path.exists() and path.read_bytes() != ours.read_bytes():
+        raise UsageError(
+            f"{printable(path)} is a file that is not the demo's: choose another folder"
+        )
 
 
 def tour(library: "Library", query: Path, why: Path) -> list[Answer]:

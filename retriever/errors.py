@@ -15,6 +15,8 @@ The store has a tree of its own, `indexes.errors.StoreError`. What a text says o
 import os
 import re
 
+# Control characters, and marks of direction.
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]")
 _UNPAIRED = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no byte
 
 
@@ -55,4 +57,12 @@ def printable(path: str | os.PathLike[str]) -> str:
     A name need not come from the disk: JSON can spell surrogates that no file's name has.
     """
     name = _UNPAIRED.sub("\ufffd", os.fspath(path))
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return plain(os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
+def plain(text: str) -> str:
+    r"""The text without what would steer a terminal: line breaks and the like show as `\n`.
+
+    So do marks that turn the direction of what follows, after which a name reads as another.
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,5 +1,6 @@
 """Commands that ask a library: `search` for pictures, `caption` for captions."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retriever.errors import UsageError
+from retriever.errors import UsageError, plain
 from retriever.terminal import (
     FILE,
     Command,
@@ -110,6 +111,7 @@ def _answer_options(command: Command) -> Command:
     help="Write there, as PNG, what in each answer fits the query.",
 )
 @click.option("--paths", is_flag=True, help="Print nothing but paths, one a line.")
+@click.option("-0", "--null", is_flag=True, help="End each of --paths with a zero byte instead.")
 @_answer_options
 def search(
     text: tuple[str, ...],
@@ -124,6 +126,7 @@ def search(
     explain: bool,
     heat_maps: Path | None,
     paths: bool,
+    null: bool,
     where: str | None,
     exact: bool,
     model: str | None,
@@ -147,6 +150,10 @@ def search(
     words = " ".join(text).strip()
     if not words and not image:
         raise click.UsageError("Say what to look for: TEXT, --image FILE or both.")
+    if null and not paths:
+        raise click.UsageError("--null goes with --paths.")
+    if not all(map(math.isfinite, (text_weight, image_weight))):
+        raise click.UsageError("A weight must be a finite number.")
     if paths and (as_json or explain):
         raise click.UsageError("--paths goes with neither --json nor --explain.")
     query = _query(words, image, text_weight, image_weight, without)
@@ -173,14 +180,17 @@ def search(
         click.echo(NO_MATCH, err=True)
     for hit, reason in zip(answer, reasons, strict=True):
         if paths:
-            click.echo(os.fsencode(hit.path))  # the very bytes, for the next program
+            # The very bytes, for the next program.
+            click.echo(os.fsencode(hit.path) + (b"\0" if null else b"\n"), nl=False)
         elif as_json:
             print_json(_record(hit) | ({"explain": reason.as_json()} if reason else {}))
         else:
             _print_hit(hit, reason)
-    if not answer:
-        narrowed = where or without or min_confidence or '"' in words
-        _say_if_empty(library_path, "pictures", bool(narrowed))
+    if not answer and not answer.notes:
+        if min_confidence:
+            click.echo(f"No answer is as sure as {100 * min_confidence:.0f} %.", err=True)
+        else:
+            _say_if_empty(library_path, "pictures", bool(where or query.without))
 
 
 def _query(
@@ -219,9 +229,9 @@ def _print_hit(hit: "Hit", reason: "Explanation | None") -> None:
     click.echo(f"{hit.rank:>3}{sure}  {hit.score:.3f}  {shown(hit.path)}{more}")
     indent = " " * (12 + len(sure))
     if hit.caption:
-        click.echo(f"{indent}{hit.caption}")
+        click.echo(f"{indent}{plain(hit.caption)}")
     for line in reason.lines() if reason else ():
-        click.echo(f"{indent}· {line}")
+        click.echo(f"{indent}· {plain(line)}")
 
 
 def _percent(share: float) -> str:
@@ -292,7 +302,7 @@ def caption(
                 }
             )
         else:
-            click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {hit.caption}")
+            click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {plain(hit.caption)}")
             click.echo(f"            {shown(hit.path)}")
     if not hits:
         _say_if_empty(library_path, "captions", where is not None)

@@ -171,6 +171,8 @@ class Searcher:
         What stands in a text between quotation marks must stand in the words of a picture. Words
         like IMG_2041 name something: pictures whose words have them come before all others.
 
+        So do pictures whose name and folders have every word of a text.
+
         Args:
             query: what is asked.
             k: answers wanted, at least 1.
@@ -193,7 +195,8 @@ class Searcher:
         with self._store.snapshot() as rows:
             fit = rows.fit()
             chosen = _chosen(rows, where, among, asked.phrases)
-            groups = [*_named(rows, asked.names, chosen), (0, chosen)]
+            literal = _literal(query, mode)
+            groups = [*_named(rows, asked.names, literal, chosen), (0, chosen)]
         mode = mode or (_fused(fit)[1] if query.source == "text" and _has_words(query) else "image")
         _check_mode(mode, query)
         # What words alone find needs no encoder.
@@ -206,7 +209,9 @@ class Searcher:
         terms: tuple[Term, ...] = ()
         for names, group in groups:
             ranked = replace(channels, among=group)
-            is_certain = asked.is_literal and names == len(asked.names)
+            is_certain = names > len(asked.names) or (
+                asked.is_literal and names == len(asked.names)
+            )
             count = k if all else max(k, min(k + SPARE, TUNED))
             while not found.is_enough:
                 ranking = ranked.best(mode, count)
@@ -476,16 +481,31 @@ def _chosen(
     return chosen
 
 
-def _named(rows: Snapshot, names: Sequence[str], chosen: Ids | None) -> list[tuple[int, Ids]]:
-    """(how many of the names, pictures whose words have so many), the most first."""
-    if not names:
-        return []
+def _literal(query: Query, mode: Mode | None) -> str | None:
+    """A text that may be the name of a file or folder; None if what is asked is more or else."""
+    if mode not in (None, "hybrid") or query.images or len(query.texts) != 1:
+        return None
+    [(text, weight)] = query.texts
+    return unquoted(text) if weight > 0 else None
+
+
+def _named(
+    rows: Snapshot, names: Sequence[str], literal: str | None, chosen: Ids | None
+) -> list[tuple[int, Ids]]:
+    """(how many of the names, pictures whose words have so many), the most first.
+
+    A picture whose name or folders have all words of `literal` has all names and one more.
+    """
     from indexes.filters import Words
 
     several = [rows.select(Words(name, phrase=True)) for name in names]
-    counts = np.bincount(np.concatenate(several))
+    if literal is not None and words.asked(literal):
+        found = rows.select(Words(literal, columns=("name", "folders")))
+        several += [found] * (len(names) + 1)
+    counts = np.bincount(np.concatenate(several)) if several else np.empty(0, np.int64)
+    counts = np.minimum(counts, len(names) + 1)
     groups = []
-    for count in range(len(names), 0, -1):
+    for count in range(len(names) + 1, 0, -1):
         having = np.flatnonzero(counts == count)
         if chosen is not None:
             having = _both(having, chosen)

@@ -300,6 +300,26 @@ def test_paths_are_printed_alone(library: Path, pictures: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_cannot_steer_the_terminal_nor_break_a_list_of_paths(tmp_path: Path) -> None:
+    folder, path = tmp_path / "pictures", tmp_path / "new.lib"
+    name = "red\x1b[31m\nline\u202e.png"
+    paint(folder / name, "red").with_suffix(".txt").write_text("red \u202etac a", encoding="utf-8")
+    assert run("index", folder, library=path).exit_code == 0
+    shown = run("search", "red", library=path).stdout
+    assert r"red\x1b[31m\nline\u202e.png" in shown
+    assert not set(shown) & {"\x1b", "\u202e"}
+    told = run("search", "red", "--paths", "--null", library=path).stdout_bytes
+    assert told == os.fsencode(folder / name) + b"\0"
+    assert run("search", "red", "--null", library=path).exit_code == 2
+
+
+def test_weights_are_numbers(library: Path) -> None:
+    result = run("search", "red", "--text-weight", "nan", library=library)
+    assert result.exit_code == 2
+    assert "finite number" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_name_that_is_no_text_round_trips(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -173,6 +173,14 @@ def test_folder_with_pictures_of_its_own_is_left_as_it_is(tmp_path: Path) -> Non
     ]
 
 
+def test_a_file_of_ones_own_is_not_written_over(tmp_path: Path) -> None:
+    own = tmp_path / demo.QUERY_PICTURE
+    own.write_text("precious", encoding="utf-8")
+    with pytest.raises(UsageError, match=demo.QUERY_PICTURE):
+        demo.build(tmp_path)
+    assert own.read_text(encoding="utf-8") == "precious"
+
+
 def test_hidden_files_of_the_system_are_no_pictures_of_ones_own(tmp_path: Path) -> None:
     built = demo.build(tmp_path)
     (built.pictures / ".DS_Store").write_bytes(b"")

@@ -68,7 +68,10 @@ SAYS = {
     ),
     "disk full: export": "{target} cannot be written ({why}); nothing was left there",
     # Rights, and folders that go away.
-    "read-only library": "{library} is opened for reading only",
+    "read-only library": (
+        "{library} may not be written, so it can be searched but not changed: check the"
+        " permissions of the folder and its files, or work on a copy (`retriever backup`)"
+    ),
     "read-only library, repair": (
         "{library} cannot be written (Permission denied); searching it still works"
     ),

@@ -184,6 +184,13 @@ def channels(default: str, image: float = 0.25, caption: float = 0.5) -> dict[st
     return {"channels": {"weights": weights, "bare": [0.1, 0.5], "default": default}}
 
 
+def test_a_picture_that_is_called_so_comes_first(described: Searcher) -> None:
+    assert names(described.images(text("blue"), 1)) == ["IMG_2042"]
+    in_folder = described.images(text("RED"), 2)
+    assert in_folder[0].path.parent.name == "red"
+    assert described.images(text("red"), 9, mode="image")[0].score >= in_folder[0].score
+
+
 def test_each_mode_finds_by_its_own_channel(described: Searcher) -> None:
     assert names(described.images(text("green"), 2, mode="image")) == ["x7", "bare"]
     assert names(described.images(text("green"), 1, mode="caption")) == ["IMG_2041"]
@@ -230,9 +237,9 @@ def test_texts_are_searched_as_was_measured_and_pictures_by_pictures(described: 
 )
 def test_facts_of_another_version_count_as_none(described: Searcher, facts: dict) -> None:
     measured(described._store, facts)
-    answer = described.images(text("red"))
+    answer = described.images(text("so red"))
     assert (answer.mode, answer.is_match) == ("image", None)
-    assert len(described.images(text("red"), mode="hybrid")) == 4
+    assert len(described.images(text("so red"), mode="hybrid")) == 4
 
 
 def test_words_alone_need_no_encoder(described: Searcher) -> None:
@@ -334,15 +341,15 @@ def curve(middle: float) -> dict[str, Any]:
 
 
 def test_confidence_rises_with_the_score_and_tells_a_match(searcher: Searcher) -> None:
-    assert [hit.confidence for hit in searcher.images(text("red"))] == [None] * 5
+    assert [hit.confidence for hit in searcher.images(text("so red"))] == [None] * 5
     measured(searcher._store, curve(0.9))
-    answer = searcher.images(text("red"))
+    answer = searcher.images(text("so red"))
     assert answer.is_match
     sure = [hit.confidence for hit in answer]
     assert sure == sorted(sure, reverse=True)
     assert sure[0] == pytest.approx(1 / (1 + math.exp(-1)), abs=0.01)
     measured(searcher._store, curve(1.1))
-    assert searcher.images(text("red")).is_match is False
+    assert searcher.images(text("so red")).is_match is False
 
 
 def test_answers_of_less_confidence_can_be_left_out(searcher: Searcher) -> None:
