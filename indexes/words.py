@@ -351,7 +351,6 @@ class _Plan:
         words = {stem: word for word, stem in reversed(_stemmed(asked(text))) if stem}
         counts = {stem: _count(connection, word) for stem, word in reversed(words.items())}
         total = _total(connection)
-        # Read once, however many words are looked for.
         is_foreign = sum(not count for count in counts.values()) > MISSPELT
         spelt = [
             Term(words[stem], count)
