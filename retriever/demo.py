@@ -63,7 +63,7 @@ PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
 QUERY_PICTURE = "motorcycle_right.png"
 TEXT_QUERIES = (
     "a cat",
-    "something hot to drink",
+    "text on paper",
     "a man taking a photograph",
     "stars in the night sky",
     "a plate of spaghetti",  # of which there is none

@@ -346,7 +346,9 @@ class _Reading:
         known = {one.casefold(): one for one in [*columns, *FIELDS, *_SHAPES]}
         near = get_close_matches(name.removeprefix(_EXTRA), known, n=1, cutoff=0.55)
         fault = f"there is no field {_shown(token)}"
-        if near:
+        if name in _SHAPES:
+            fault += f"; {name} stands by itself, as in “{name} and width > 2000”"
+        elif near:
             fault += f"; did you mean {_spelt(known[near[0]])}?"
         raise self.fault(
             token,

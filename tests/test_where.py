@@ -168,6 +168,7 @@ WRONG = [
     ("width > 5 and camra = 3", 15),
     ("(width > 5) or not(camra = 3)", 20),
     ("has nothing", 5),
+    ("width > 5 or portrait = true", 14),
     ("extra.nothing = 3", 1),
     ("`my column` = 3", 1),
     ("width", 1),
@@ -229,6 +230,12 @@ WRONG = [
     ("has gps\nand\ncamra = 4", 13),
     ("x" * (MAX_CHARS + 1), MAX_CHARS + 1),
 ]
+
+
+def test_a_shape_with_a_comparison_is_told_to_stand_by_itself() -> None:
+    with pytest.raises(WhereError, match="portrait stands by itself") as caught:
+        parse("portrait = true")
+    assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "column"), WRONG)
