@@ -420,7 +420,7 @@ def run_exact(settings: Settings, exact: VectorIndex, queries: Vectors) -> dict[
     exact.check()
     _, times = latency(lambda query: exact.search(query, settings.k)[0].ids, queries)
     size_bytes = 2 * settings.dim * settings.rows
-    return times | {"gb_s": round(size_bytes / times["p50_ms"] / 1e6, 2), "mb": size_bytes / 1e6}
+    return times | {"gb_s": round(size_bytes / times["p50_ms"] / 1e6, 6), "mb": size_bytes / 1e6}
 
 
 def table(numbers: Mapping[str, Any]) -> str:
