@@ -26,8 +26,9 @@ from indexes.errors import (
     StoreReadOnlyError,
 )
 from indexes.files import CATALOGUE, REPLACEMENT, find_catalogue, sync
+from indexes.heads import Head, fingerprint
 from indexes.locks import locked
-from indexes.records import KINDS, STORED_TOLERANCE, Kind, ModelSpec
+from indexes.records import KINDS, STORED_TOLERANCE, Derivation, Kind, ModelSpec
 from indexes.salvage import restore_info, salvage
 from indexes.snapshot import MODEL_LOST
 from indexes.vectors import IndexFileError, VectorIndex
@@ -42,6 +43,10 @@ _COPIED = re.compile(
     r"catalogue\.sqlite(-wal|-shm|\.tmp)?|(image|caption)-\d+-\d+(-approximate)?\.faiss(\.tmp)?"
 )
 LOST = "its embedding was lost; index its folder again"
+UNTUNED = "`retriever repair` goes back to what was there before; then `retriever tune` tunes anew"
+# A vector that was made of another one, both rounded to float16, has at least this cosine with what
+# is made of it again.
+FOLLOWS = 0.999
 
 
 def verify(path: Path, catalogue: Reader) -> list[str]:
@@ -61,6 +66,7 @@ def verify(path: Path, catalogue: Reader) -> list[str]:
                 for kind in KINDS:
                     found += _verify_kind(path, state.of_model(model_id), model, kind)
                     found += _verify_approximate(path, state.of_model(model_id), model, kind)
+                found += _verify_derived(state, model_id, model)
     except StoreDamagedError as error:
         found.append(str(error))
     return found
@@ -127,6 +133,58 @@ def _verify_kind(path: Path, rows: Snapshot, model: ModelSpec, kind: Kind) -> li
         if missing or extra:
             found.append(f"the FAISS file of {kind}s lacks {missing} rows and has {extra} more")
     return found
+
+
+def _sound_head(rows: Snapshot, model: ModelSpec) -> Head | None:
+    """What a derived model is made by, if it is whole."""
+    derivation = rows.derivation()
+    if derivation is None:
+        return None
+    with suppress(ValueError):
+        head = Head.unpack(derivation.head)
+        whole = fingerprint(derivation.base.fingerprint, derivation.head) == model.fingerprint
+        if whole and head.dim == model.dim == derivation.base.dim:
+            return head
+    return None
+
+
+def _verify_derived(state: Snapshot, model_id: int, model: ModelSpec) -> list[str]:
+    """What is wrong with a model whose embeddings follow from another's."""
+    rows = state.of_model(model_id)
+    derivation = rows.derivation()
+    if derivation is None:
+        return []
+    head = _sound_head(rows, model)
+    if head is None:
+        return [f"what made {model.name} of {derivation.base.name} is damaged: {UNTUNED}"]
+    found = []
+    for kind in KINDS:
+        wrong, lacking = _astray(state, rows, derivation, head, kind)
+        if count := len(wrong) + len(lacking):
+            found.append(
+                f"{count:,} {kind} vectors of {model.name} do not follow from those of "
+                f"{derivation.base.name}: `retriever repair` makes them again"
+            )
+    return found
+
+
+def _astray(
+    state: Snapshot, rows: Snapshot, derivation: Derivation, head: Head, kind: Kind
+) -> tuple[list[int], list[int]]:
+    """Ids of vectors of a derived model that its base says otherwise of, and of those it lacks."""
+    base = state.model(derivation.base.fingerprint)
+    assert base is not None
+    wrong: list[int] = []
+    lacking: list[int] = []
+    for ids, stored in state.of_model(base[0]).vectors(kind):
+        theirs = rows.embeddings(kind, ids.tolist())
+        is_there = np.array([one in theirs for one in ids.tolist()], dtype=np.bool_)
+        lacking += ids[~is_there].tolist()
+        kept = [theirs[one] for one in ids[is_there].tolist()]
+        if kept and stored.shape[1] == head.dim and {len(one) for one in kept} == {head.dim}:
+            cosines = (head(kind, stored[is_there]) * np.stack(kept)).sum(axis=1)
+            wrong += ids[is_there][~(cosines >= FOLLOWS)].tolist()
+    return wrong, lacking
 
 
 def backup(path: Path, catalogue: Reader, destination: Path) -> None:
@@ -268,6 +326,7 @@ def _mend_rows(path: Path, catalogue: Catalogue) -> Iterator[str]:
             rows = state.of_model(model_id)
             for kind in KINDS:
                 yield from _mend_vectors(path, rows, model, kind)
+        yield from _mend_derived(state)
         for kind in KINDS:
             if extra := {item_id for item_id, _ in state.at_odds(kind, "failed", True)}:
                 state.forget_contents(extra, "was embedded and yet had failed; index it again")
@@ -309,6 +368,33 @@ def _mend_vectors(path: Path, rows: Transaction, model: ModelSpec, kind: Kind) -
         yield f"{len(healed)} {kind} vectors of {model.name} were taken from {file.name}"
     if lost := len(wrong - known):
         yield f"{lost} {kind} vectors of {model.name} were damaged and were removed"
+
+
+def _mend_derived(state: Transaction) -> Iterator[str]:
+    """Gives derived models what their bases have, and forgets those that cannot be derived."""
+    default = state.model()
+    for model_id, model in state.models().items():
+        rows = state.of_model(model_id)
+        derivation = rows.derivation()
+        if derivation is None:
+            continue
+        base = state.model(derivation.base.fingerprint)
+        assert base is not None
+        head = _sound_head(rows, model)
+        if head is None:
+            if default is not None and default[0] == model_id:
+                state.set_default_model(base[0])
+            state.drop_model(model_id)
+            yield (
+                f"what made {model.name} was damaged: the library is as it was with"
+                f" {derivation.base.name}, and `retriever tune` tunes it anew"
+            )
+            continue
+        for kind in KINDS:
+            wrong, _ = _astray(state, rows, derivation, head, kind)
+            rows.replace_embeddings(kind, wrong, [])
+            if count := sum(state.of_model(base[0]).derive(kind)):
+                yield f"{count:,} {kind} vectors of {model.name} were made again"
 
 
 def _mend_files(path: Path, catalogue: Catalogue) -> Iterator[str]:

@@ -21,7 +21,8 @@ import sqlalchemy as sa
 from numpy.typing import NDArray
 
 from indexes import words
-from indexes.errors import InvalidRowsError
+from indexes.errors import InvalidRowsError, StoreDamagedError
+from indexes.heads import Head
 from indexes.migrations import MIGRATIONS, RECORD, WORDS
 from indexes.records import (
     ApproximateFile,
@@ -219,6 +220,7 @@ class Transaction(Snapshot):
         super().__init__(connection, model_id, path)
         self._core = core
         self._change: int | None = None
+        self._heads: dict[int, Head] = {}  # of derived models, once they are needed
 
     @property
     def change(self) -> int:
@@ -252,6 +254,35 @@ class Transaction(Snapshot):
         if self._first("SELECT id FROM store_info") is None:
             self._insert(store_info, id=1, model_id=model_id, generation=0, change=0)
         return model_id
+
+    def add_derived(self, model: ModelSpec, head: bytes, facts: Mapping[str, Any]) -> int:
+        """Id of a new model whose embeddings follow from this one's by a head; see `derive`."""
+        return self._insert(
+            models,
+            **asdict(model),
+            base_id=self.model_id,
+            head=head,
+            facts=json.dumps(facts, allow_nan=False),
+        )
+
+    def derive(self, kind: Kind) -> Iterator[int]:
+        """Gives models derived from this one what they lack; after each batch, how many those were.
+
+        A batch takes a few MB, and no picture is looked at.
+        """
+        for model_id in self.derived_ids():
+            last = -1
+            theirs = self.of_model(model_id)
+            while True:
+                ids, vectors = self.vectors_beyond(kind, last)
+                if not len(ids):
+                    break
+                last = int(ids[-1])
+                have = theirs.embeddings(kind, ids.tolist())
+                lacking = [at for at, one in enumerate(ids.tolist()) if one not in have]
+                if lacking:
+                    self._derive(model_id, kind, ids[lacking].tolist(), vectors[lacking])
+                yield len(lacking)
 
     def set_default_model(self, model_id: int) -> None:
         """Open the store with this model from now on."""
@@ -325,10 +356,10 @@ class Transaction(Snapshot):
     def replace_embeddings(
         self, kind: Kind, gone: Collection[int], rows: Sequence[tuple[int, Vectors]]
     ) -> None:
-        """Delete embeddings of this model, by id, and put others."""
+        """Delete embeddings of this model, by id, and put others; what was derived stays."""
         table = embeddings[kind]
         self._delete(table, table.c.owner_id, gone, table.c.model_id == self.model_id)
-        self._put_embeddings(kind, rows)
+        self._insert_embeddings(self.model_id, kind, rows)
 
     def embed(self, kind: Kind, rows: Sequence[tuple[int, Vectors]]) -> None:
         """Set this model's embeddings of items or captions that have none of its."""
@@ -542,13 +573,49 @@ class Transaction(Snapshot):
         return [row.id for row in self._core.execute(statement, rows)]
 
     def _put_embeddings(self, kind: Kind, rows: Sequence[tuple[int, Vectors]]) -> None:
+        """Writes embeddings of this model, and of those that are derived from it."""
+        if not rows:
+            return
+        if self.derivation() is not None:
+            raise InvalidRowsError(
+                "the embeddings of a tuned model follow from those of the model it is tuned from"
+            )
+        self._insert_embeddings(self.model_id, kind, rows)
+        if derived := self.derived_ids():
+            ids, vectors = [row[0] for row in rows], np.stack([row[1] for row in rows])
+            for model_id in derived:
+                self._derive(model_id, kind, ids, vectors)
+
+    def _derive(self, model_id: int, kind: Kind, ids: Sequence[int], vectors: Vectors) -> None:
+        """Writes what a derived model has for these embeddings of its base."""
+        table = embeddings[kind]
+        # It may have one still where its base lost its own, and is given it again.
+        self._delete(table, table.c.owner_id, ids, table.c.model_id == model_id)
+        carried = self._head(model_id)(kind, vectors).astype("<f2")
+        self._insert_embeddings(model_id, kind, list(zip(ids, carried, strict=True)))
+
+    def _head(self, model_id: int) -> Head:
+        if model_id not in self._heads:
+            derivation = self.of_model(model_id).derivation()
+            try:
+                self._heads[model_id] = Head.unpack(derivation.head if derivation else b"")
+            except ValueError as error:
+                raise StoreDamagedError(
+                    f"{self._path}: what tuned this library is damaged ({error}): `retriever tune"
+                    " --undo` goes back to what was there before"
+                ) from error
+        return self._heads[model_id]
+
+    def _insert_embeddings(
+        self, model_id: int, kind: Kind, rows: Sequence[tuple[int, Vectors]]
+    ) -> None:
         if rows:
             self._core.execute(
                 embeddings[kind].insert(),
                 [
                     {
                         "owner_id": owner_id,
-                        "model_id": self.model_id,
+                        "model_id": model_id,
                         "change": self.change,
                         "vector": vector.tobytes(),
                     }

@@ -155,9 +155,19 @@ def m004_facts_words_and_fits(words: Mapping[str, str]) -> Sequence[str]:
     ]
 
 
+def m005_derived_models(words: Mapping[str, str]) -> Sequence[str]:
+    """Models whose embeddings follow from those of another by a head, and what that brought."""
+    return [
+        "ALTER TABLE models ADD COLUMN base_id BIGINT REFERENCES models (id)",
+        f"ALTER TABLE models ADD COLUMN head {words['blob']}",
+        "ALTER TABLE models ADD COLUMN facts TEXT",
+    ]
+
+
 MIGRATIONS: tuple[Callable[[Mapping[str, str]], Sequence[str]], ...] = (
     m001_create_tables,
     m002_remember_full_runs,
     m003_approximate_files,
     m004_facts_words_and_fits,
+    m005_derived_models,
 )

@@ -34,12 +34,25 @@ class ModelSpec:
     fingerprint: str
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Derivation:
+    """How the embeddings of one model follow from those of another, `base`.
+
+    head: the bytes of an `indexes.heads.Head`. facts: what was measured of it, as JSON can hold it.
+    """
+
+    base: ModelSpec
+    head: bytes
+    facts: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class StoredModel:
     """A model whose embeddings a store holds, and what it has not embedded yet.
 
     `pending` counts the pictures that can be read and that this model lacks, in whole or in a
-    caption: a search by it does not see all of them.
+    caption: a search by it does not see all of them. `derived` is set if its embeddings follow
+    from those of another model.
     """
 
     model_id: int  # ascends in the order in which they were added
@@ -48,6 +61,7 @@ class StoredModel:
     pictures: int
     captions: int
     pending: int
+    derived: Derivation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,14 +322,15 @@ class KindInfo(TypedDict):
 class StoreInfo(TypedDict):
     """What `Store.info` tells; `index` has the kinds "image" and "caption".
 
-    `model` is the one that the store was opened with, `models` names all, the default first.
+    `model` is the one that the store was opened with, `models` names all, the default first; each
+    with the name of the one that it is derived from as `base` (see `Derivation`), and `facts`.
     """
 
     items: int
     captions: int
     failures: int
     model: dict[str, str | int]
-    models: list[dict[str, str | int | bool]]
+    models: list[dict[str, Any]]
     generation: int
     index: dict[str, KindInfo]
     size_bytes: int

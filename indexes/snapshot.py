@@ -38,6 +38,7 @@ from indexes.migrations import MIGRATIONS
 from indexes.records import (
     ApproximateFile,
     CaptionRow,
+    Derivation,
     Direction,
     Extras,
     FileStamp,
@@ -70,7 +71,15 @@ VECTOR_CHUNK = 4096
 # Tombstones stand for embeddings that are gone but may still be in a FAISS file.
 _EMBEDDINGS = {"owner_id": "integer", "model_id": "integer", "change": "integer", "vector": "blob"}
 TABLES: Mapping[str, Mapping[str, str]] = {
-    "models": {"id": "integer", "name": "text", "dim": "integer", "fingerprint": "text"},
+    "models": {
+        "id": "integer",
+        "name": "text",
+        "dim": "integer",
+        "fingerprint": "text",
+        "base_id": "integer",  # of a model whose embeddings follow from another's
+        "head": "blob",  # by which they do: safetensors, see `heads`
+        "facts": "text",  # JSON
+    },
     "store_info": {
         "id": "integer",
         "model_id": "integer",
@@ -507,6 +516,26 @@ class Snapshot:
         )
         return {row[0]: _spec(*row) for row in rows}
 
+    def derivation(self) -> Derivation | None:
+        """What this model's embeddings follow from; None if it is no derived one."""
+        row = self._first(
+            "SELECT base.id, base.name, base.dim, base.fingerprint, own.head, own.facts"
+            " FROM models AS own JOIN models AS base ON base.id = own.base_id"
+            " WHERE own.id = :model"
+        )
+        if row is None:
+            return None
+        try:
+            facts = dict(json.loads(row[5] or "{}"))
+        except (ValueError, TypeError):
+            facts = {}
+        return Derivation(_spec(*row[:4]), bytes(row[4] or b""), facts)
+
+    def derived_ids(self) -> list[int]:
+        """The models whose embeddings follow from this one's."""
+        rows = self._each("SELECT id FROM models WHERE base_id = :model ORDER BY id")
+        return [model_id for (model_id,) in rows]
+
     def pending(self) -> set[int]:
         """Items that can be read and that this model has not embedded, or not all captions of."""
         return self._pending("image") | self._pending("caption")
@@ -775,6 +804,21 @@ class Snapshot:
         )
         while rows := cursor.fetchmany(VECTOR_CHUNK):
             yield rows
+
+    def vectors_beyond(self, kind: Kind, owner_id: int) -> tuple[Ids, Vectors]:
+        """The next ids (n,) above one and their embeddings (n, d); none at the end.
+
+        Unlike those of `vectors`, batches may be asked for while embeddings are written.
+        """
+        rows = self._each(
+            f"SELECT owner_id, vector FROM {kind}_embeddings"
+            " WHERE model_id = :model AND owner_id > :owner ORDER BY owner_id LIMIT :count",
+            owner=owner_id,
+            count=VECTOR_CHUNK,
+        ).fetchall()
+        ids = np.array([row[0] for row in rows], dtype=np.int64)
+        packed = np.frombuffer(b"".join(row[1] for row in rows), dtype="<f2")
+        return ids, packed.reshape(len(rows), -1) if rows else packed.reshape(0, 0)
 
     def ids_after(self, kind: Kind, change: int) -> Ids:
         """Ids of the embeddings that were written after a change, ascending."""

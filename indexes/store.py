@@ -43,6 +43,7 @@ from indexes.records import (
     KINDS,
     ApproximateInfo,
     CaptionRow,
+    Derivation,
     Fit,
     ItemRow,
     ItemWrite,
@@ -278,9 +279,15 @@ class Store:
                     pictures=rows.of_model(model_id).vector_count("image"),
                     captions=rows.of_model(model_id).vector_count("caption"),
                     pending=len(rows.of_model(model_id).pending()),
+                    derived=rows.of_model(model_id).derivation(),
                 )
                 for place, (model_id, spec) in enumerate(rows.models().items())
             ]
+
+    def derivation(self) -> Derivation | None:
+        """What this store's model follows from, if its embeddings were made of another's."""
+        with self._catalogue.read() as rows:
+            return rows.derivation()
 
     def root_infos(self) -> list[RootInfo]:
         """What is known of each root, in the order they were added."""
@@ -452,6 +459,8 @@ class Store:
                 asdict(one.spec)
                 | {"default": one.is_default, "pictures": one.pictures, "captions": one.captions}
                 | {"pending": one.pending}
+                | {"base": one.derived.base.name if one.derived else None}
+                | {"facts": one.derived.facts if one.derived else None}
                 for one in self.models()
             ],
             "generation": generation,

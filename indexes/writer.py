@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexes.errors import InvalidRowsError, StoreReadOnlyError, callers_own
 from indexes.files import absolute, check_there
+from indexes.heads import Head, fingerprint
 from indexes.records import (
     FACTS,
     KINDS,
@@ -44,6 +45,10 @@ TOLERATED = 1 / 50  # of the rows of a FAISS file may have changed since it was 
 _FAISS_NAME = re.compile(r"(image|caption)-\d+-\d+(-approximate)?\.faiss(\.tmp)?")
 # Of the rows of an approximate index that are no longer as they were, or of others beside it.
 OUTGROWN = 1 / 5
+
+
+class _StoppedError(Exception):
+    """Undoes a transaction because whoever asked for it does not want it any more."""
 
 
 class Writer:
@@ -125,8 +130,84 @@ class Writer:
             model_id = _model_id(rows, fingerprint)
             if model_id == _model_id(rows, None):
                 raise InvalidRowsError("the default model cannot be dropped: make another default")
+            if rows.of_model(model_id).derived_ids():
+                raise InvalidRowsError("another model is tuned from this one: drop that first")
             rows.drop_model(model_id)
         self._sweep()
+
+    def adopt(
+        self,
+        model: ModelSpec,
+        head: bytes,
+        facts: Mapping[str, Any],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> bool:
+        """Has the store open with a model derived from this one, in the place of any such before.
+
+        Its embeddings are made of the stored ones, in one transaction: until that ends everyone
+        sees what was there before. `finish` then makes its FAISS files.
+
+        Args:
+            model: its name, dimension and fingerprint (`indexes.heads.fingerprint`).
+            head: the bytes of a `Head`.
+            facts: see `Derivation`.
+            progress: called with (done, total) embeddings.
+            stop: asked between batches; once it says yes, nothing is changed.
+
+        Returns whether it was done. Raises InvalidRowsError.
+        """
+        report = progress or (lambda done, total: None)
+        try:
+            with self._transaction() as rows:
+                self._check_head(rows, model, head)
+                total = sum(rows.vector_count(kind) for kind in KINDS)
+                done = 0
+                before = rows.derived_ids()
+                rows.set_default_model(rows.model_id)
+                for model_id in before:
+                    rows.drop_model(model_id)
+                model_id = rows.add_derived(model, head, facts)
+                report(done, total)
+                for kind in KINDS:
+                    for count in rows.derive(kind):
+                        done += count
+                        report(done, total)
+                        if stop is not None and stop():
+                            raise _StoppedError
+                rows.set_default_model(model_id)
+        except _StoppedError:
+            return False
+        self._sweep()
+        return True
+
+    def _check_head(self, rows: Transaction, model: ModelSpec, head: bytes) -> None:
+        base = rows.models()[rows.model_id]
+        if rows.derivation() is not None:
+            raise InvalidRowsError("a model is derived from one that an encoder made")
+        try:
+            dim = Head.unpack(head).dim
+        except ValueError as error:
+            raise InvalidRowsError(str(error)) from error
+        if (dim, model.dim) != (base.dim, base.dim):
+            raise InvalidRowsError(f"a head of {dim} dimensions does not fit {base.name}")
+        if model.fingerprint != fingerprint(base.fingerprint, head):
+            raise InvalidRowsError(f"{model.name} has not the fingerprint of its head")
+
+    def abandon(self) -> int:
+        """Forgets every model derived from this one, which is the default if one of them was.
+
+        Returns how many these were. No embedding of this model is touched.
+        """
+        with self._transaction() as rows:
+            derived = rows.derived_ids()
+            if _model_id(rows, None) in derived:
+                rows.set_default_model(rows.model_id)
+            for model_id in derived:
+                rows.drop_model(model_id)
+        self._sweep()
+        return len(derived)
 
     def write(self, root_id: int, items: Sequence[ItemWrite]) -> list[int]:
         """Ids of the items written, in order; all or none.
@@ -264,12 +345,17 @@ class Writer:
 
         A file is written whole beside its final name, synced, renamed, then recorded; killed
         anywhere in between, the one before stays in use. Kinds in `anew` are written in any case.
+        The models are this store's and those derived from it, or all of them.
         Raises StoreReadOnlyError (disk full, permissions); searches are right without the files.
         """
         assert self._joined is None, "finish is a transaction of its own"
         with self._catalogue.read() as rows:
-            found = rows.models()
-            models = found if all_models else {rows.model_id: found[rows.model_id]}
+            wanted = {rows.model_id, *rows.derived_ids()}
+            models = {
+                model_id: model
+                for model_id, model in rows.models().items()
+                if all_models or model_id in wanted
+            }
         written: list[tuple[int, Kind, IndexFile | None]] = []
         for model_id, model in models.items():
             for kind in KINDS:

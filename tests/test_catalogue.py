@@ -70,7 +70,7 @@ def test_a_newer_schema_is_refused(catalogue):
         rows._core.execute(
             tables.schema_migrations.insert().values(number=99, name="m099", applied_at="later")
         )
-    with pytest.raises(StoreTooNewError, match=r"has schema 99, this version knows up to 4: "):
+    with pytest.raises(StoreTooNewError, match=r"has schema 99, this version knows up to 5: "):
         catalogue.pending_migrations()
 
 

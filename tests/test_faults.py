@@ -95,7 +95,7 @@ SAYS = {
         "restore a backup, or remove the library and index again"
     ),
     "catalogue of a newer version": (
-        "{library}/catalogue.sqlite has schema 99, this version knows up to 4: update the "
+        "{library}/catalogue.sqlite has schema 99, this version knows up to 5: update the "
         "software, or use a library of its own for each version"
     ),
     "catalogue without its model": (

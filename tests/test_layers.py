@@ -38,7 +38,7 @@ LAYERS = [
     {
         *("retriever.calibration", "retriever.captions", "retriever.machine", "retriever.metrics"),
         *("retriever.duplicates", "retriever.channels"),
-        *("retriever.objectives", "retriever.settings"),
+        *("retriever.objectives", "retriever.settings", "retriever.vocabulary"),
     },
     {"retriever.cleaning", "retriever.phrases", "retriever.preprocessing", "retriever.where"},
     {"retriever", "retriever.errors", "retriever.mini"},
@@ -51,6 +51,7 @@ LAYERS = [
     {"indexes.snapshot"},
     {"indexes.filters"},
     {"indexes.locks", "indexes.migrations", "indexes.words"},
+    {"indexes.heads"},
     {"indexes.records"},
     {"indexes.files"},
     {"indexes", "indexes.errors"},

@@ -1,0 +1,328 @@
+"""Derived models: a head, its bytes, and what a store keeps beside the embeddings of its base."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from indexes.care import repair
+from indexes.errors import InvalidRowsError, WrongModelError
+from indexes.heads import Head, fingerprint
+from indexes.records import KINDS
+from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store, Writer
+
+BASE = ModelSpec("toy", 4, "toy-1")
+# Half a unit in the last place of float16 at 1, in each of four columns.
+ROUNDED = 2e-3
+
+
+def a_head(seed: int = 0, size: float = 0.5) -> Head:
+    rng = np.random.default_rng(seed)
+    return Head(
+        {kind: (size * rng.normal(size=(4, 4))).astype(np.float32) for kind in KINDS},
+        {kind: (size * rng.normal(size=4)).astype(np.float32) for kind in KINDS},
+    )
+
+
+def spec_of(head: Head) -> ModelSpec:
+    return ModelSpec("toy+tuned", 4, fingerprint(BASE.fingerprint, head.pack()))
+
+
+def unit_rows(n: int, seed: int = 1) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def an_item(name: str, image: np.ndarray | None, texts: np.ndarray) -> ItemWrite:
+    captions = tuple(CaptionRow(f"{name} {n}", "given") for n in range(len(texts)))
+    return ItemWrite(name, 1, 1, name.encode(), 8, 8, None, captions, image, texts)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Twelve pictures with two captions each."""
+    with Store.create(tmp_path / "photos.lib", BASE) as store:
+        with store.writer() as writer:
+            root = writer.add_root(tmp_path / "pictures")
+            images, texts = unit_rows(12), unit_rows(24, 2).reshape(12, 2, 4)
+            writer.write(root, [an_item(f"{n}.jpg", images[n], texts[n]) for n in range(12)])
+            writer.finish()
+        yield store
+
+
+@pytest.fixture
+def tuned(store: Store) -> Iterator[Store]:
+    """The same store as the model sees it that is derived from the first."""
+    adopt(store, a_head())
+    with Store.open(store.path) as seen:
+        yield seen
+
+
+def adopt(store: Store, head: Head, **more) -> bool:
+    with store.writer() as writer:
+        done = writer.adopt(spec_of(head), head.pack(), {"gain": 1.5}, **more)
+        writer.finish()
+    return done
+
+
+def rows_of(store: Store, kind: str) -> np.ndarray:
+    with store.snapshot() as rows:
+        ids = rows.item_ids()
+        return store.embeddings(kind, ids if kind == "image" else rows.caption_ids(ids))
+
+
+def answers(store: Store) -> list:
+    return [
+        (match.ids.tolist(), match.scores.tolist())
+        for kind in KINDS
+        for match in store.search(kind, unit_rows(5, 3), 30)
+    ]
+
+
+def execute(store: Store, statement: str, *values: object) -> None:
+    with closing(sqlite3.connect(store.path / "catalogue.sqlite")) as connection, connection:
+        connection.execute(statement, values)
+
+
+def assert_follows(store: Store, head: Head, base: Store) -> None:
+    for kind in KINDS:
+        expected = head(kind, rows_of(base, kind))
+        assert rows_of(store, kind) == pytest.approx(expected, abs=ROUNDED)
+
+
+# A head
+
+
+def test_a_head_of_zeros_changes_nothing():
+    zeros = Head(
+        dict.fromkeys(KINDS, np.zeros((4, 4), np.float32)),
+        dict.fromkeys(KINDS, np.zeros(4, np.float32)),
+    )
+    rows = unit_rows(7)
+    for kind in KINDS:
+        assert zeros(kind, rows) == pytest.approx(rows, abs=1e-6)
+
+
+def test_a_row_is_worked_out_by_hand():
+    weight = np.zeros((4, 4), np.float32)
+    weight[0, 1] = 1
+    head = Head(
+        {"image": weight, "caption": np.zeros((4, 4), np.float32)},
+        {
+            "image": np.array([0, 0, 0, 1], np.float32),
+            "caption": np.array([0, 3, 0, 0], np.float32),
+        },
+    )
+    first = np.array([[1, 0, 0, 0]], np.float32)
+    assert head("image", first)[0] == pytest.approx(np.array([1, 1, 0, 1]) / 3**0.5)
+    assert head("caption", first)[0] == pytest.approx(np.array([1, 3, 0, 0]) / 10**0.5)
+
+
+def test_a_head_comes_back_from_its_bytes_which_safetensors_reads_as_well():
+    head = a_head()
+    again = Head.unpack(head.pack())
+    assert again.pack() == head.pack()
+    rows = unit_rows(5)
+    for kind in KINDS:
+        assert np.array_equal(again(kind, rows), head(kind, rows))
+    safetensors = pytest.importorskip("safetensors.numpy")
+    assert np.array_equal(safetensors.load(head.pack())["image.weight"], head.weights["image"])
+
+
+@given(cut=st.integers(0, 700), at=st.integers(0, 400), byte=st.integers(0, 255))
+def test_damaged_bytes_are_refused_or_are_a_head(cut: int, at: int, byte: int):
+    data = bytearray(a_head().pack())
+    data[at] = byte
+    for some in (bytes(data), bytes(data[:cut])):
+        try:
+            head = Head.unpack(some)
+        except ValueError:
+            continue
+        assert head.dim == 4
+
+
+def test_another_base_or_another_head_is_another_space():
+    first, second = a_head(1).pack(), a_head(2).pack()
+    assert len({fingerprint(base, head) for base in "ab" for head in (first, second)}) == 4
+
+
+# A store with a derived model
+
+
+def test_what_is_adopted_follows_from_stored_embeddings_and_is_what_opens(store, tuned):
+    assert tuned.model == spec_of(a_head())
+    assert_follows(tuned, a_head(), store)
+    derivation = tuned.derivation()
+    assert (derivation.base, derivation.facts) == (BASE, {"gain": 1.5})
+    assert store.derivation() is None
+    [first, second] = tuned.models()
+    assert (first.derived.base, first.is_default, first.pictures, first.captions) == (
+        *(BASE, True, 12, 24),
+    )
+    assert (second.derived, second.is_default) == (None, False)
+    assert [one["base"] for one in tuned.info()["models"]] == ["toy", None]
+    assert tuned.verify() == store.verify() == []
+
+
+def test_abandoning_gives_back_the_answers_that_were_there_before(store):
+    before = answers(store)
+    adopt(store, a_head())
+    with Store.open(store.path) as seen:
+        assert answers(seen) != before
+    with store.writer() as writer:
+        assert writer.abandon() == 1
+    with Store.open(store.path) as seen:
+        assert seen.model == BASE
+        assert answers(seen) == before
+        assert len(seen.models()) == 1
+        assert seen.verify() == []
+    assert {file.name.split("-")[1] for file in store.path.glob("*.faiss")} == {"1"}
+    with store.writer() as writer:
+        assert writer.abandon() == 0
+
+
+def test_what_is_written_for_the_base_is_derived_in_the_same_transaction(store, tuned):
+    with store.writer() as writer:
+        with writer.together():
+            texts = unit_rows(3, 9)
+            [new] = writer.write(1, [an_item("new.jpg", unit_rows(1, 8)[0], texts)])
+            captions = [CaptionRow("other", "given"), CaptionRow("more", "given")]
+            writer.set_captions(2, captions, unit_rows(2, 7))
+            writer.remove([3])
+        copy = an_item("copy.jpg", None, texts)
+        copy = ItemWrite(
+            **{f: getattr(copy, f) for f in copy.__slots__} | {"content_hash": b"new.jpg"}
+        )
+        writer.write(1, [copy])
+        writer.finish()
+    assert_follows(tuned, a_head(), store)
+    assert tuned.embedded("image", [new]) == {new}
+    assert [one.pending for one in tuned.models()] == [0, 0]
+    assert tuned.verify() == []
+
+
+def test_a_transaction_that_fails_leaves_neither(store, tuned):
+    items = [an_item("new.jpg", unit_rows(1, 8)[0], unit_rows(1, 9))]
+
+    def half(writer: Writer) -> None:
+        with writer.together():
+            writer.write(1, items)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError), store.writer() as writer:
+        half(writer)
+    assert len(rows_of(store, "image")) == len(rows_of(tuned, "image")) == 12
+
+
+def test_embeddings_of_a_derived_model_cannot_be_written_by_themselves(tuned):
+    with pytest.raises(InvalidRowsError, match="follow from"), tuned.writer() as writer:
+        writer.write(1, [an_item("new.jpg", unit_rows(1)[0], unit_rows(1))])
+    with pytest.raises(InvalidRowsError, match="derived from one that"), tuned.writer() as writer:
+        writer.adopt(spec_of(a_head()), a_head().pack(), {})
+
+
+def test_another_adoption_takes_the_place_of_the_first_and_starts_from_the_base(store, tuned):
+    adopt(store, a_head(5))
+    with Store.open(store.path) as seen:
+        assert len(seen.models()) == 2
+        assert_follows(seen, a_head(5), store)
+        assert seen.verify() == []
+    with pytest.raises(WrongModelError, match="no longer has the model"):
+        answers(tuned)
+
+
+def test_an_adoption_that_is_stopped_changes_nothing(store):
+    before = answers(store)
+    assert not adopt(store, a_head(), stop=lambda: True)
+    with Store.open(store.path) as seen:
+        assert (seen.model, len(seen.models())) == (BASE, 1)
+        assert answers(seen) == before
+
+
+def test_progress_tells_of_every_embedding(store):
+    told: list[tuple[int, int]] = []
+    adopt(store, a_head(), progress=lambda done, total: told.append((done, total)))
+    assert (told[0], told[-1]) == ((0, 36), (36, 36))
+
+
+@pytest.mark.parametrize(
+    ("model", "head", "words"),
+    [
+        (spec_of(a_head()), b"nonsense", "no header"),
+        (spec_of(a_head(1)), a_head(2).pack(), "fingerprint"),
+        (ModelSpec("toy+tuned", 5, "x"), a_head().pack(), "does not fit"),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(store, model, head, words):
+    with pytest.raises(InvalidRowsError, match=words), store.writer() as writer:
+        writer.adopt(model, head, {})
+    assert len(store.models()) == 1
+
+
+def test_a_base_is_kept_as_long_as_something_is_derived_from_it(store, tuned):
+    with pytest.raises(InvalidRowsError, match="tuned from this one"), tuned.writer() as writer:
+        writer.drop_model(BASE.fingerprint)
+    with tuned.writer() as writer:
+        writer.set_default_model(BASE.fingerprint)
+        writer.drop_model(tuned.model.fingerprint)
+    assert len(store.models()) == 1
+    assert store.verify() == []
+
+
+def test_a_backup_has_both(store, tuned, tmp_path):
+    tuned.backup(tmp_path / "copy.lib")
+    with Store.open(tmp_path / "copy.lib") as copy:
+        assert answers(copy) == answers(tuned)
+        assert copy.derivation().head == a_head().pack()
+        assert copy.verify() == []
+
+
+# Damage
+
+
+def test_vectors_that_do_not_follow_are_found_and_made_again(store, tuned):
+    model_id = tuned.models()[0].model_id
+    other = unit_rows(1, 20)[0].astype("<f2").tobytes()
+    # The FAISS file would give it back: as after a change that it does not hold yet.
+    execute(store, "DELETE FROM index_files WHERE model_id = ?", model_id)
+    execute(
+        store,
+        "UPDATE image_embeddings SET vector = ? WHERE model_id = ? AND owner_id = 3",
+        *(other, model_id),
+    )
+    execute(store, "DELETE FROM caption_embeddings WHERE model_id = ? AND owner_id < 5", model_id)
+    problems = tuned.verify()
+    assert any("1 image vectors of toy+tuned do not follow" in one for one in problems)
+    assert any("4 caption vectors of toy+tuned do not follow" in one for one in problems)
+    done = repair(store.path)
+    assert any("1 image vectors of toy+tuned were made again" in one for one in done)
+    assert tuned.verify() == []
+    assert_follows(tuned, a_head(), store)
+
+
+def test_a_damaged_head_is_found_and_the_library_mended_to_what_it_was_before(store):
+    before = answers(store)
+    adopt(store, a_head())
+    head = bytearray(a_head().pack())
+    head[-3] ^= 64
+    execute(store, "UPDATE models SET head = ? WHERE base_id IS NOT NULL", bytes(head))
+    with Store.open(store.path) as seen:
+        assert any("what made toy+tuned of toy is damaged" in one for one in seen.verify())
+    assert any("the library is as it was with toy" in one for one in repair(store.path))
+    with Store.open(store.path) as seen:
+        assert seen.model == BASE
+        assert answers(seen) == before
+        assert seen.verify() == []
+
+
+def test_what_its_base_lost_is_given_to_both_again(store, tuned):
+    execute(store, "DELETE FROM image_embeddings WHERE model_id = 1 AND owner_id = 2")
+    with store.writer() as writer:
+        writer.embed(2, unit_rows(12)[1], None)
+    assert_follows(tuned, a_head(), store)
+    assert store.verify() == []
