@@ -22,6 +22,7 @@ from retriever.terminal import (
     DEVICES,
     FILE,
     FOLDER,
+    FOLDER_OR_FILE,
     SOME_FILES_FAILED,
     Command,
     Commands,
@@ -226,7 +227,7 @@ def info(failures: bool, library_path: Path, as_json: bool) -> None:
     )
     click.echo(
         f"Library   {shown(library.path)}\n"
-        f"Model     {_model_line(model)}\n"
+        f"Model     {_model_line(model)}\n{_tuned_line(facts['models'], model)}"
         f"Pictures  {facts['items']:,}{note}\n"
         f"Captions  {facts['captions']:,}\n"
         f"Index     {index}\n"
@@ -243,6 +244,18 @@ def _model_line(model: Mapping[str, Any]) -> str:
     return (
         f"{model['name']}, {model['dim']} dimensions, fingerprint {str(model['fingerprint'])[:12]}"
     )
+
+
+def _tuned_line(models: Iterable[Mapping[str, Any]], model: Mapping[str, Any]) -> str:
+    """What the model is tuned from, and what that brought; empty if it is not tuned."""
+    for one in models:
+        if one["base"] and one["fingerprint"] == model["fingerprint"]:
+            return (
+                f"Tuned     from {one['base']} with {one['facts'].get('pictures', 0):,} captioned"
+                f" pictures: {one['facts'].get('reason', 'not measured')}\n"
+                "          (`retriever tune --undo` goes back)\n"
+            )
+    return ""
 
 
 @main.command()
@@ -322,7 +335,7 @@ def _default_cache() -> str:
 
 
 @main.command()
-@click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=FOLDER)
+@click.argument("datasets", nargs=-1, required=True, metavar="DATASET...", type=FOLDER_OR_FILE)
 @click.option(
     "-o",
     "--output",
@@ -343,6 +356,9 @@ def train(
     datasets: tuple[Path, ...], output: Path, cache: Path, as_json: bool, **settings: Any
 ) -> None:
     """Train a dual encoder on captioned pictures.
+
+    A DATASET is a folder of pictures with captions, or a captions file beside its pictures, for
+    captions besides those that the folder is read with.
 
     \b
     Examples:

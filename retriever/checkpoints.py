@@ -22,6 +22,7 @@ from retriever.towers import BackboneTower, DualEncoder, TransformerTower, fold_
 
 _WEIGHTS = "model.safetensors"
 _QKV = ("query", "key", "value")
+BERT_TOKENS = "embeddings.word_embeddings.weight"
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -82,8 +83,13 @@ def bert_tensors(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_bert(tower: TransformerTower, path: Path) -> None:
+def load_bert(tower: TransformerTower, path: Path, tokens: Tensor) -> None:
     """Put BERT's tensors, under the names that they have everywhere, into our layers.
+
+    Args:
+        tower: of the same sizes but for the vocabulary.
+        path: of the weights.
+        tokens: (v, f) vectors of the tower's vocabulary.
 
     Raises:
         EncoderError: the file holds no BERT, or one with too few positions.
@@ -95,7 +101,7 @@ def load_bert(tower: TransformerTower, path: Path) -> None:
     # Every token has type 0, so that row of the type table is a constant, added once and for all.
     positions = positions + weights["embeddings.token_type_embeddings.weight"][0]
     ours = {
-        "tokens.weight": weights["embeddings.word_embeddings.weight"],
+        "tokens.weight": tokens,
         "positions.weight": positions[: tower.positions.num_embeddings],
         "norm.weight": weights["embeddings.LayerNorm.weight"],
         "norm.bias": weights["embeddings.LayerNorm.bias"],
@@ -123,7 +129,7 @@ def bert_shape(path: Path) -> dict[str, int]:
         EncoderError: the file holds no BERT.
     """
     weights = bert_tensors(path)
-    vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
+    vocabulary, width = weights[BERT_TOKENS].shape
     layers = 1 + max(int(n.split(".")[2]) for n in weights if n.startswith("encoder.layer."))
     hidden = len(weights["encoder.layer.0.intermediate.dense.bias"])
     config = path.with_name("config.json")

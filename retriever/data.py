@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -101,6 +101,11 @@ class Pair:
     file: str
     captions: tuple[Caption, ...]
     split: str | None
+
+    def with_more(self, other: "Pair") -> "Pair":
+        """The same picture with the captions of both, and the split that either names."""
+        captions = merge_captions(self.captions, other.captions)
+        return replace(self, captions=captions, split=self.split or other.split)
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,14 +246,17 @@ def compact(path: Path, *, int8: bool) -> None:
         if values.dtype != np.float32 or values.size < SMALL:
             continue
         (node, place), *others = users[tensor.name]
-        kind = (node.op_type, place) if int8 and not others and values.ndim == 2 else None
-        if kind == ("Gather", 0):
+        kind = (node.op_type, place, values.ndim) if int8 and not others else None
+        if kind == ("Gather", 0, 2):
             tensors, nodes = _quantised_rows(values, node)
             graph.node.remove(node)
-        elif kind in (("MatMul", 1), ("Gemm", 1)):
+        elif kind in (("MatMul", 1, 2), ("Gemm", 1, 2)):
             # Each output is a sum over the inputs, which must be the last axis to be grouped.
             is_outputs_first = any(a.name == "transB" and a.i for a in node.attribute)
             tensors, nodes = _quantised_matrix(tensor.name, values, is_outputs_first)
+        elif kind == ("Conv", 1, 4) and values[0, 0].size == 1 and values.shape[1] > 1:
+            # A convolution of one point is a matrix product; the others are a small part.
+            tensors, nodes = _quantised_matrix(tensor.name, values, True)
         elif np.abs(values).max() < np.finfo(np.float16).max:
             tensors, nodes = _halved(tensor.name, values)
         else:
@@ -276,19 +279,27 @@ def _halved(name: str, values: NDArray[np.float32]) -> Parts:
 
 
 def _quantised_matrix(name: str, values: NDArray[np.float32], is_outputs_first: bool) -> Parts:
-    """int8 weights with one float16 scale for each `GROUP` inputs of an output."""
+    """int8 weights with one float16 scale for each `GROUP` inputs of an output.
+
+    Args:
+        name: of the matrix, or of the kernel of a convolution of one point.
+        values: of two axes that are longer than 1.
+        is_outputs_first: whether the second of these is the one that is summed over.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
-    matrix = values if is_outputs_first else values.T
+    flat = values.reshape(len(values), -1)
+    matrix = flat if is_outputs_first else flat.T
     outputs, inputs = matrix.shape
     group = GROUP if inputs % GROUP == 0 else inputs
     whole, scales = _to_int8(matrix.reshape(outputs, inputs // group, group))
     if not is_outputs_first:  # stored as they are multiplied: nothing is transposed at each run
         whole = np.ascontiguousarray(whole.transpose(1, 2, 0))
         scales = np.ascontiguousarray(scales.transpose(1, 2, 0))
+    scales = scales.squeeze(1 + is_outputs_first)
     tensors = [
         numpy_helper.from_array(whole.reshape(values.shape), f"{name}.int8"),
-        numpy_helper.from_array(scales.squeeze(1 + is_outputs_first), f"{name}.scales"),
+        numpy_helper.from_array(scales.reshape(*scales.shape, *values.shape[2:]), f"{name}.scales"),
     ]
     # The scales are widened first: to multiply in float16 would round once more.
     scale = f"{name}.scale"

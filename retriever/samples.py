@@ -37,15 +37,20 @@ def split_pairs(datasets: Sequence[Path], seed: int) -> tuple[list[Pair], list[P
     """Training and held-out pairs. Test splits are never touched.
 
     The held-out pairs are the `val` splits; where no data set has one, a tenth drawn at random.
+    A picture that several captions files name is one pair, with the captions of all.
+
+    Args:
+        datasets: folders, or captions files for the pictures of the folder that they lie in.
+        seed: of what is drawn at random.
     """
-    train: list[Pair] = []
-    held_out: list[Pair] = []
+    found: dict[Path, Pair] = {}
     for dataset in datasets:
-        for pair in read_pairs(dataset)[0]:
-            if pair.split == "val":
-                held_out.append(pair)
-            elif pair.split in (None, "train"):
-                train.append(pair)
+        folder, captions = (dataset.parent, dataset) if dataset.is_file() else (dataset, None)
+        for pair in read_pairs(folder, captions=captions)[0]:
+            known = found.get(pair.path)
+            found[pair.path] = known.with_more(pair) if known else pair
+    train = [pair for pair in found.values() if pair.split in (None, "train")]
+    held_out = [pair for pair in found.values() if pair.split == "val"]
     if not held_out:
         order = np.random.default_rng(seed).permutation(len(train))
         size = min(max(len(train) // 10, 2), 1000)

@@ -37,6 +37,11 @@ class TrainConfig:
     text_weights: str | None = _setting(
         None, "A folder with a BERT-like model.safetensors and its tokenizer.json."
     )
+    add_words: int = _setting(
+        0,
+        "Words in scripts without spaces, such as Chinese, that text_weights learn: so many at "
+        "most, found in the captions; what they mean is found in the other captions.",
+    )
     dim: int = _setting(384, "Dimensions of the shared space.")
     image_size: int = _setting(224, "Pictures are squashed to squares of this side, in pixels.")
     max_tokens: int = _setting(64, "Longer captions are cut.")
@@ -55,9 +60,13 @@ class TrainConfig:
         "with the memory of one part and the same gradients.",
     )
     captions_per_picture: int = _setting(2, "Captions of each picture in a batch, drawn anew.")
+    text_weight: float = _setting(
+        0.0, "Of the contrast between captions of a picture and those of others, with clip."
+    )
     lr: float = _setting(1e-3, "Peak learning rate of the projections, on a cosine schedule.")
     image_lr: float | None = _setting(None, "The same for the image tower.")
     text_lr: float | None = _setting(None, "The same for the text tower.")
+    token_lr: float | None = _setting(None, "The same for its token vectors; else text_lr.")
     weight_decay: float = _setting(0.05, "AdamW's, on matrices only.")
     warmup: float = _setting(0.1, "Share of all steps in which the learning rate rises.")
     dropout: float = _setting(0.1, "Dropout of projections and transformer.")
@@ -79,6 +88,10 @@ class TrainConfig:
             raise UsageError("image_weights need an image_tower of timm, such as resnet50")
         if self.text_weights and self.text_tower == "gru":
             raise UsageError("text_weights need the text_tower transformer or static")
+        if self.add_words and not self.text_weights:
+            raise UsageError("add_words need text_weights, whose words say what they mean")
+        if self.text_weight and (self.objective != "clip" or self.captions_per_picture < 2):
+            raise UsageError("text_weight needs objective clip and two captions_per_picture")
         for name in ("dim", "image_size", "max_tokens", "views", "epochs", "micro_batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1")

@@ -299,6 +299,7 @@ def model_option(default: str | None, help: str, **more: Any) -> Callable[[Comma
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object a line.")
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER_OR_FILE = click.Path(exists=True, path_type=Path)
 
 
 def open_library(

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from retriever import objectives
 from retriever.checkpoints import (
+    BERT_TOKENS,
     bert_shape,
     bert_tensors,
     load_backbone,
@@ -48,6 +49,7 @@ from retriever.metrics import alignment, modality_gap, retrieval_metrics, unifor
 from retriever.samples import Captions, Pictures, fill_array, split_pairs
 from retriever.settings import TrainConfig
 from retriever.towers import BackboneTower, DualEncoder, TransformerTower
+from retriever.vocabulary import extend
 
 # How many pictures or captions go through a tower at once. On a CPU the activations of so few stay
 # in the cache: measured, 64 pictures at a time take 26 ms each, 256 take 44.
@@ -93,12 +95,13 @@ def _word_tokenizer(captions: Sequence[str], vocabulary: int = 8000) -> Tokenize
     return tokenizer
 
 
-def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, Tokenizer]:
+def build(config: TrainConfig, captions: Sequence[Sequence[str]]) -> tuple[DualEncoder, Tokenizer]:
     """A dual encoder as the config describes it, with pretrained weights where it names some.
 
     Args:
         config: of the run.
-        captions: of the training pairs: they give the vocabulary of a text tower from scratch.
+        captions: of each training pair: they give the vocabulary of a text tower from scratch, and
+            the words that a pretrained one learns.
 
     Raises:
         EncoderError: weights that cannot be read or do not fit.
@@ -116,8 +119,13 @@ def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, To
                 f"{bert.parent}: no tokenizer.json that can be read ({exc})"
             ) from exc
         text |= bert_shape(bert)
+        vectors = bert_tensors(bert)[BERT_TOKENS]
+        if config.add_words:
+            tokenizer, extended = extend(tokenizer, vectors.numpy(), captions, config.add_words)
+            vectors = torch.from_numpy(extended)
+            text["vocabulary"] = len(vectors)
     else:
-        tokenizer = _word_tokenizer(captions)
+        tokenizer = _word_tokenizer([text for several in captions for text in several])
         text |= {"vocabulary": tokenizer.get_vocab_size(), "width": 256}
         text |= {"layers": 2, "heads": 4, "hidden": 1024}
     scratch = config.image_tower == "cnn"
@@ -144,9 +152,8 @@ def build(config: TrainConfig, captions: Sequence[str]) -> tuple[DualEncoder, To
     if config.image_weights and isinstance(model.image_tower, BackboneTower):
         load_backbone(model.image_tower, config.image_tower, config.image_weights)
     if bert and isinstance(model.text_tower, TransformerTower):
-        load_bert(model.text_tower, bert)
+        load_bert(model.text_tower, bert, vectors)
     elif bert and config.text_tower == "static":
-        vectors = bert_tensors(bert)["embeddings.word_embeddings.weight"]
         model.text_tower.load_state_dict({"tokens.weight": vectors}, strict=False)
     return model, tokenizer
 
@@ -272,32 +279,28 @@ class _Run:
             is_depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
             if is_depthwise and is_pretrained and not config.train_depthwise:
                 layer.requires_grad_(False)
-        groups = []
         image_lr, text_lr = config.image_lr, config.text_lr
         if image_lr is None:
             image_lr = 3e-4 if config.init or config.image_weights else config.lr
         if text_lr is None:
             text_lr = 5e-5 if config.init or config.text_weights else config.lr
-        for prefix, lr in (
-            ("image_tower.", image_lr if config.finetune else 0.0),
-            ("text_tower.", text_lr if config.finetune else 0.0),
-            ("", config.lr),
-        ):
-            for decays in (True, False):
-                parameters = [
-                    p
-                    for name, p in model.named_parameters()
-                    if p.requires_grad
-                    and (name.startswith(prefix) if prefix else "_tower." not in name)
-                    and (p.ndim > 1) == decays
-                ]
-                if not lr:
-                    for parameter in parameters:
-                        parameter.requires_grad_(False)
-                elif parameters:
-                    decay = config.weight_decay if decays else 0.0
-                    groups.append({"params": parameters, "peak_lr": lr, "weight_decay": decay})
-        return groups
+        token_lr = config.token_lr or text_lr
+        rates = {"image_tower.": image_lr, "text_tower.tokens.": token_lr, "text_tower.": text_lr}
+        if not config.finetune:
+            rates = dict.fromkeys(rates, 0.0)
+        rates[""] = config.lr  # of all that no other prefix fits
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            prefix = next(prefix for prefix in rates if name.startswith(prefix))
+            if not rates[prefix]:
+                parameter.requires_grad_(False)
+            if not parameter.requires_grad:
+                continue
+            decays = parameter.ndim > 1
+            made = {"params": [], "peak_lr": rates[prefix]}
+            made["weight_decay"] = config.weight_decay if decays else 0.0
+            groups.setdefault((prefix, decays), made)["params"].append(parameter)
+        return list(groups.values())
 
     # ── frozen features ────────────────────────────────────────────────────────────────────────
 
@@ -442,7 +445,12 @@ class _Run:
         images = images.repeat_interleave(c, dim=0)
         match config.objective:
             case "clip":
-                return objectives.clip_loss(images, texts, model.logit_scale, groups)
+                loss = objectives.clip_loss(images, texts, model.logit_scale, groups)
+                if config.text_weight:
+                    loss = loss + config.text_weight * objectives.clip_loss(
+                        texts[::c], texts[1::c], model.logit_scale
+                    )
+                return loss
             case "siglip":
                 scale, bias = model.logit_scale, model.logit_bias
                 return objectives.siglip_loss(images, texts, scale, bias, groups)
@@ -627,7 +635,7 @@ def train(
     """
     refuse_other_files(out)
     train_pairs, held_out_pairs = split_pairs(datasets, config.seed)
-    captions = [caption.text for pair in train_pairs for caption in pair.captions]
+    captions = [[caption.text for caption in pair.captions] for pair in train_pairs]
     model, tokenizer = build(config, captions)
     if config.is_from_scratch:
         config = replace(config, finetune=True)  # features of random towers say nothing

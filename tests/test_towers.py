@@ -99,7 +99,7 @@ def test_transformer_equals_torchs_own_layers_with_the_weights_of_bert(tmp_path)
     shape = bert_shape(path) | {"heads": 4}
     assert shape == {"vocabulary": 50, "width": 32, "layers": 2, "hidden": 64, "heads": 4}
     tower = TransformerTower(50, 8, 32, 2, 4, 64).eval()
-    load_bert(tower, path)
+    load_bert(tower, path, weights["embeddings.word_embeddings.weight"])
 
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
@@ -138,9 +138,10 @@ def test_transformer_equals_torchs_own_layers_with_the_weights_of_bert(tmp_path)
 
 
 def test_a_bert_with_too_few_positions_is_refused(tmp_path):
-    save_file(bert_weights(positions=4), tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    save_file(bert_weights(positions=4), path)
     with pytest.raises(EncoderError, match="positions for 4 tokens only"):
-        load_bert(TransformerTower(50, 8, 32, 2, 4, 64), tmp_path / "model.safetensors")
+        load_bert(TransformerTower(50, 8, 32, 2, 4, 64), path, torch.zeros(50, 32))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from retriever import training
+from retriever import objectives, training
 from retriever.checkpoints import load_checkpoint, save_checkpoint
 from retriever.errors import EncoderError, UsageError
 from retriever.samples import Pictures, augment, split_pairs
@@ -298,7 +298,7 @@ def noisy_run(folder: Path, tmp_path: Path, **settings: Any) -> _Run:
         TINY, finetune=True, dropout=0.2, token_dropout=0.2, text_tower="transformer", **settings
     )
     pairs, held_out = split_pairs([folder], 0)
-    model, tokenizer = build(config, [c.text for pair in pairs for c in pair.captions])
+    model, tokenizer = build(config, [[c.text for c in pair.captions] for pair in pairs])
     return _Run(config, model, tokenizer, tmp_path / "o", tmp_path, pairs, held_out, print)
 
 
@@ -334,6 +334,25 @@ def test_gradients_of_a_batch_in_parts_are_those_of_the_whole(
     assert ("logit_bias" in plain) == (objective == "siglip")
     for name, gradient in plain.items():
         torch.testing.assert_close(cached[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_captions_of_a_picture_are_contrasted_with_those_of_others(colours, tmp_path):
+    run = noisy_run(colours, tmp_path, text_weight=0.5)
+    plain = noisy_run(colours, tmp_path)
+    images, first, second = (torch.eye(16)[:3].roll(i, 0) for i in range(3))
+    texts = torch.stack([first, second], dim=1).reshape(6, 16)
+    scale = run.model.logit_scale
+    wanted = plain._loss(images, texts) + 0.5 * objectives.clip_loss(first, second, scale)
+    torch.testing.assert_close(run._loss(images, texts), wanted)
+
+
+def test_token_vectors_have_a_rate_of_their_own(colours, tmp_path):
+    run = noisy_run(colours, tmp_path, text_lr=1e-4, token_lr=1e-3)
+    rates = {id(p): g["peak_lr"] for g in run.optimizer.param_groups for p in g["params"]}
+    tower = run.model.text_tower
+    assert rates[id(tower.tokens.weight)] == 1e-3
+    assert rates[id(tower.positions.weight)] == 1e-4
+    assert len(rates) == len(list(run.model.parameters()))
 
 
 def test_without_chance_parts_change_nothing(colours, tmp_path, monkeypatch):
@@ -405,6 +424,18 @@ def test_without_a_val_split_a_tenth_is_held_out(tmp_path):
     assert len(held_out) == 3
     assert not {p.file for p in train_pairs} & {p.file for p in held_out}
     assert split_pairs([folder], 0) == (train_pairs, held_out)
+
+
+def test_a_captions_file_beside_its_pictures_adds_to_the_captions_of_the_folder(tmp_path):
+    folder = dataset(tmp_path / "d", ["train", "train", "val", "val", "test"])
+    lines = [{"file": f"{i}.png", "captions": [f"第{i}", f"number {i}"]} for i in range(5)]
+    more = folder / "more.jsonl"
+    more.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    train_pairs, held_out = split_pairs([folder, more], 0)
+    assert [pair.file for pair in train_pairs] == ["0.png", "1.png"]
+    assert [pair.file for pair in held_out] == ["2.png", "3.png"]
+    assert [c.text for c in train_pairs[1].captions] == ["number 1", "第1"]
+    assert split_pairs([more, folder], 0)[0][1].split == "train"
 
 
 def test_too_few_pairs_are_refused(tmp_path):
