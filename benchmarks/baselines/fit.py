@@ -4,7 +4,6 @@ It follows the same rules: AdamW on a cosine schedule, several captions of each 
 the same record of every epoch on held-out pairs, and the weights of the best epoch are kept.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from baselines.features import Features, Rows
+from baselines.features import Features, Rows, autocast
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -96,12 +95,6 @@ class PixelSource:
     def texts(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """(b, t) ids and mask."""
         return self._captions.batch(rows)
-
-
-def autocast() -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 where the processor multiplies it, else nothing."""
-    is_fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=is_fast)
 
 
 def draw_captions(picture: Rows, count: int, rng: np.random.Generator) -> Rows:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from baselines.features import Features, Rows
-from baselines.fit import autocast, draw_captions, lr_factor, optimiser_of
+from baselines.features import Features, Rows, autocast
+from baselines.fit import draw_captions, lr_factor, optimiser_of
 from baselines.reranking import Shortlist, rerank
 from torch import Tensor, nn
 from torch.nn import functional as F

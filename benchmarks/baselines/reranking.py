@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from baselines.features import Features, Rows
-from baselines.fit import autocast
+from baselines.features import Features, Rows, autocast
 from numpy.typing import NDArray
 from recall import Ranks
 
