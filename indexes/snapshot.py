@@ -531,6 +531,14 @@ class Snapshot:
             facts = {}
         return Derivation(_spec(*row[:4]), bytes(row[4] or b""), facts)
 
+    def of_base(self) -> Self:
+        """The same state as seen by the model that this one is derived from, or by itself.
+
+        What embeddings say of pictures alone, such as that two are nearly one, is its to say.
+        """
+        row = self._first("SELECT base_id FROM models WHERE id = :model")
+        return self.of_model(row[0]) if row and row[0] is not None else self
+
     def derived_ids(self) -> list[int]:
         """The models whose embeddings follow from this one's."""
         rows = self._each("SELECT id FROM models WHERE base_id = :model ORDER BY id")

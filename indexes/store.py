@@ -20,6 +20,7 @@ import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -284,6 +285,7 @@ class Store:
                 for place, (model_id, spec) in enumerate(rows.models().items())
             ]
 
+    @cached_property
     def derivation(self) -> Derivation | None:
         """What this store's model follows from, if its embeddings were made of another's."""
         with self._catalogue.read() as rows:

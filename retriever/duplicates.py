@@ -81,6 +81,9 @@ def find(
 ) -> Duplicates:
     """The near-duplicates in a store, by the embeddings of the model that it was opened with.
 
+    A tuned space draws pictures together that its captions say the same of; so there it is the
+    model that looks at the pictures whose embeddings count.
+
     In each group the picture with the most pixels comes first (of equals the larger file, then the
     one that was indexed earlier), then those that resemble it most. Pictures are compared as the
     store knows them: no file is looked at.
@@ -90,7 +93,8 @@ def find(
         copies: only files with the same contents.
         progress: called with (done, total) pictures.
     """
-    with store.snapshot() as rows:
+    with store.snapshot() as state:
+        rows = state.of_base()
         known: list[tuple[int, int, int, bytes | None, int | None]] = []
         ids = rows.item_ids()
         for start in range(0, len(ids), ITEM_CHUNK):

@@ -14,13 +14,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypedDict
 
-from indexes.errors import StoreLockedError, StoreReadOnlyError, WrongModelError
+from indexes.errors import (
+    StoreDamagedError,
+    StoreLockedError,
+    StoreReadOnlyError,
+    WrongModelError,
+)
 from indexes.files import absolute
 from indexes.records import DEFAULT_OVERLAP, ModelSpec, SearchPolicy, StoreInfo
 from retriever.errors import EncoderError, MissingExtraError, UsageError
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
     from retriever.exchange import ExportReport, ImportReport
     from retriever.ingest import Failure, IndexReport, Progress
     from retriever.search import Answer, CaptionHit, Searcher
+    from retriever.tuning import TuneConfig, TuneReport
 
 DEFAULT_K = 10
 SHORTEST_FINGERPRINT = 6  # digits that may stand for a model
@@ -78,9 +85,10 @@ class Library:
     def __init__(
         self, store: Store, encoder: Encoder | None, device: str, threads: int | None
     ) -> None:
-        """Used by `create` and `open`."""
+        """Used by `create` and `open`; `encoder` is of the model that reads pictures and texts."""
         self._store = store
-        self._encoder = encoder
+        self._base = encoder
+        self._tuned: Encoder | None = None
         self._device = device
         self._threads = threads
         self._guard = threading.Lock()
@@ -127,7 +135,8 @@ class Library:
         Args:
             path: its folder.
             encoder: the model; None is the library's default one. An encoder, not a name, is
-                needed only if the name would not bring it back, such as one of yours.
+                needed only if the name would not bring it back, such as one of yours; it is taken
+                for the default model if that is tuned from it.
             add_model: take up a model that the library does not have, beside its others; `index`
                 then embeds the pictures with it.
             device: where a named encoder runs: "auto", "cpu", "cuda" or "mps".
@@ -141,13 +150,19 @@ class Library:
         from indexes.store import Store
 
         path = Path(path).expanduser()
-        if isinstance(encoder, str) and not add_model:
+        if isinstance(encoder, str):
             with Store.open(path) as store:
                 named = [one for one in store.models() if one.spec.name == _stored(encoder)]
-            if named:  # its encoder is loaded when it is needed
-                latest = max(named, key=lambda one: one.model_id)
+            latest = max(named, key=lambda one: one.model_id, default=None)
+            # Its encoder is loaded when it is needed; one that may be added must be the very same.
+            if latest is not None and (latest.derived or not add_model):
                 return cls(Store.open(path, latest.spec), None, device, threads)
         loaded, model = _load(encoder, device, threads) if encoder is not None else (None, None)
+        if loaded is not None and not isinstance(encoder, str):
+            with Store.open(path) as store:
+                derivation = store.derivation
+                if derivation is not None and derivation.base.fingerprint == loaded.fingerprint:
+                    model = store.model
         return cls(Store.open(path, model, add_model=add_model), loaded, device, threads)
 
     def __enter__(self) -> Self:
@@ -182,10 +197,31 @@ class Library:
         Raises:
             EncoderError: it cannot be found or loaded.
             WrongModelError: the model of that name is not the one that made the library.
+            StoreDamagedError: what tuned the library is damaged.
         """
+        derivation = self._store.derivation
+        if derivation is None:
+            return self._reader(self._store.model)
+        base = self._reader(derivation.base)
         with self._guard:
-            if self._encoder is None:
-                made_by = self._store.model
+            if self._tuned is None:
+                from indexes.heads import Head
+                from retriever.tuned import TunedEncoder
+
+                try:
+                    head = Head.unpack(derivation.head)
+                except ValueError as error:
+                    raise StoreDamagedError(
+                        f"{self.path}: what tuned it is damaged ({error}): `retriever tune --undo`"
+                        " goes back to what was there before"
+                    ) from error
+                self._tuned = TunedEncoder(base, head, self._store.model)
+            return self._tuned
+
+    def _reader(self, made_by: ModelSpec) -> Encoder:
+        """The encoder that reads pictures and texts: the library's, or what that is tuned from."""
+        with self._guard:
+            if self._base is None:
                 loaded, model = _load(made_by.name, self._device, self._threads)
                 if model.fingerprint != made_by.fingerprint:
                     raise WrongModelError(
@@ -195,8 +231,29 @@ class Library:
                         f" pictures with this one as well, and `retriever models --use"
                         f" {made_by.name}` changes over"
                     )
-                self._encoder = loaded
-            return self._encoder
+                self._base = loaded
+            return self._base
+
+    @property
+    def base_model(self) -> ModelSpec:
+        """The model that reads pictures and texts: `model`, or what that is tuned from."""
+        derivation = self._store.derivation
+        return derivation.base if derivation else self.model
+
+    @contextmanager
+    def _untuned(self) -> Iterator[Store]:
+        """The store as the model sees it that reads pictures and texts.
+
+        Embeddings come and go by it; those of a tuned model are made of them at once.
+        """
+        derivation = self._store.derivation
+        if derivation is None:
+            yield self._store
+            return
+        from indexes.store import Store
+
+        with Store.open(self.path, derivation.base) as store:
+            yield store
 
     @property
     def searcher(self) -> Searcher:
@@ -241,15 +298,16 @@ class Library:
         places = [Path(folder) for folder in folders] or [path for _, path in self._store.roots()]
         if not places:
             raise UsageError(f"{self.path} has no folders yet: name one to index")
-        report = index_folders(
-            self._store,
-            lambda: self.encoder,
-            places,
-            captions=Path(captions).expanduser() if captions is not None else None,
-            progress=progress,
-            prune=prune,
-            stop=stop,
-        )
+        with self._untuned() as store:
+            report = index_folders(
+                store,
+                lambda: self._reader(store.model),
+                places,
+                captions=Path(captions).expanduser() if captions is not None else None,
+                progress=progress,
+                prune=prune,
+                stop=stop,
+            )
         if report.interrupted:
             return report
         try:
@@ -318,6 +376,92 @@ class Library:
         if found is not None:
             with self._store.writer() as writer:
                 writer.record_fit(found)
+
+    def tune(
+        self,
+        config: TuneConfig | None = None,
+        *,
+        dry_run: bool = False,
+        progress: Progress | None = None,
+        adopting: Progress | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> TuneReport | None:
+        """Fits the space to the library's own captions, if that is measured to help.
+
+        Two small maps are trained over the stored embeddings, and measured with captions held out
+        (see `retriever.tuning`). If these find more than before, beyond what chance explains, the
+        library is searched in the new space from now on; otherwise nothing is changed. No picture
+        is opened. What was tuned before is started anew.
+
+        Args:
+            config: the settings; None: as they are.
+            dry_run: only measure.
+            progress: called with (done, total) epochs of training.
+            adopting: called with (done, total) embeddings that are carried over.
+            stop: asked between steps; once it says yes, all stays as it was, and None comes back.
+
+        Raises:
+            MissingExtraError: torch is not installed.
+            EncoderError: the model cannot be had.
+            StoreLockedError, StoreReadOnlyError: the library cannot be written.
+        """
+        from indexes.heads import fingerprint
+        from retriever.tuning import DEFAULTS, TuneReport, tune
+
+        with self._untuned() as store:
+            base = store.model
+            found = tune(
+                store,
+                lambda: self._reader(base),
+                config or DEFAULTS,
+                progress=progress,
+                stop=stop,
+            )
+            if found is None:
+                return None
+            if found.head is None or not found.is_better or dry_run:
+                return TuneReport(False, found.is_better, found.reason, base.name, found.record)
+            packed = found.head.pack()
+            model = ModelSpec(f"{base.name}+tuned", base.dim, fingerprint(base.fingerprint, packed))
+            with store.writer() as writer:
+                facts = {"reason": found.reason} | found.record
+                if not writer.adopt(model, packed, facts, progress=adopting, stop=stop):
+                    return None
+                writer.finish()
+        self._reopen()
+        self._settle(stop)
+        return TuneReport(True, True, found.reason, base.name, found.record)
+
+    def untune(self) -> ModelSpec:
+        """Goes back to the space that the library was tuned from, and forgets the other.
+
+        Answers are those of before. Raises UsageError if the library is not tuned.
+        """
+        with self._untuned() as store:
+            with store.writer() as writer:
+                if not writer.abandon():
+                    raise UsageError(f"{self.path} is not tuned: there is nothing to go back from")
+                writer.finish()
+            base = store.model
+        self._reopen()
+        return base
+
+    def _reopen(self) -> None:
+        """See the library by what is its default model now."""
+        from indexes.store import Store
+
+        with self._guard:
+            self._store.close()
+            self._store, self._tuned = Store.open(self.path), None
+
+    def _settle(self, stop: Callable[[], bool] | None) -> None:
+        """Have an approximate index where that pays, and measure what scores are worth."""
+        try:
+            with self._store.writer() as writer:
+                writer.optimize(self._phrases, stop=stop)
+            self._fit(stop, anew=True)
+        except (StoreLockedError, EncoderError, MissingExtraError):
+            pass  # the next run of `index` does it
 
     def _phrases(self) -> NDArray[np.float32]:
         from retriever.phrases import phrases
@@ -579,6 +723,12 @@ class Library:
                     f"{name} is the default model of {self.path}: make another one the default"
                     " first (`retriever models --use NAME`)"
                 )
+            bases = {one.derived.base for one in self._store.models() if one.derived}
+            if any(one.spec in bases for one in dropped):
+                raise UsageError(
+                    f"{self.path} is tuned from {name}: go back to that first (`retriever tune"
+                    " --undo`)"
+                )
             for one in dropped:
                 writer.drop_model(one.spec.fingerprint)
             writer.finish()
@@ -643,10 +793,15 @@ class Library:
         self._store.backup(Path(destination).expanduser())
 
     def export(self, destination: str | Path, *, progress: Progress | None = None) -> ExportReport:
-        """Writes the library to a new folder, for any program; see `retriever.exchange`."""
+        """Writes the library to a new folder, for any program; see `retriever.exchange`.
+
+        Of a tuned library the embeddings of the model it is tuned from: those fit any library of
+        that model, and `tune` fits them to their new one. A `backup` has all.
+        """
         from retriever.exchange import export_store
 
-        return export_store(self._store, Path(destination).expanduser(), progress=progress)
+        with self._untuned() as store:
+            return export_store(store, Path(destination).expanduser(), progress=progress)
 
     def import_(
         self,
@@ -667,18 +822,21 @@ class Library:
         from retriever.exchange import import_clip_retrieval, import_folder
 
         folder = Path(source).expanduser()
-        if (folder / "manifest.json").is_file():
-            return import_folder(self._store, folder, progress=progress)
-        return import_clip_retrieval(
-            self._store,
-            folder,
-            encoder=self.encoder,
-            root=Path(pictures).expanduser() if pictures is not None else None,
-            progress=progress,
-        )
+        with self._untuned() as store:
+            if (folder / "manifest.json").is_file():
+                return import_folder(store, folder, progress=progress)
+            return import_clip_retrieval(
+                store,
+                folder,
+                encoder=self._reader(store.model),
+                root=Path(pictures).expanduser() if pictures is not None else None,
+                progress=progress,
+            )
 
     def merge(self, other: str | Path, *, progress: Progress | None = None) -> ImportReport:
         """Takes in what another library holds, by the model that this one was opened with.
+
+        A tuned library takes the embeddings of the model it is tuned from, and fits them to itself.
 
         Raises as `retriever.exchange.merge_store` does, and WrongModelError.
         """
@@ -686,8 +844,11 @@ class Library:
         from retriever.exchange import merge_store
 
         place = Path(other).expanduser()
-        with Store.open(place, self._store.model, read_only=True) as theirs:
-            return merge_store(self._store, theirs, progress=progress)
+        with (
+            self._untuned() as store,
+            Store.open(place, store.model, read_only=True) as theirs,
+        ):
+            return merge_store(store, theirs, progress=progress)
 
     def rebuild(self) -> None:
         """Makes the FAISS files anew from the catalogue; no picture is read again."""

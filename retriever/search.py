@@ -354,7 +354,7 @@ class _Found:
         ids = ranking.ids[fresh].tolist()
         with self._store.snapshot() as rows:
             items = rows.items(ids)
-            vectors = {} if self._keeps_all else rows.embeddings("image", ids)
+            vectors = {} if self._keeps_all else rows.of_base().embeddings("image", ids)
             unwanted = np.zeros(len(ids), dtype=np.bool_)
             if self._composed is not None and len(self._composed.away):
                 unwanted = self._composed.shown(rows, ids)

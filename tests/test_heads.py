@@ -157,9 +157,9 @@ def test_another_base_or_another_head_is_another_space():
 def test_what_is_adopted_follows_from_stored_embeddings_and_is_what_opens(store, tuned):
     assert tuned.model == spec_of(a_head())
     assert_follows(tuned, a_head(), store)
-    derivation = tuned.derivation()
+    derivation = tuned.derivation
     assert (derivation.base, derivation.facts) == (BASE, {"gain": 1.5})
-    assert store.derivation() is None
+    assert store.derivation is None
     [first, second] = tuned.models()
     assert (first.derived.base, first.is_default, first.pictures, first.captions) == (
         *(BASE, True, 12, 24),
@@ -278,7 +278,7 @@ def test_a_backup_has_both(store, tuned, tmp_path):
     tuned.backup(tmp_path / "copy.lib")
     with Store.open(tmp_path / "copy.lib") as copy:
         assert answers(copy) == answers(tuned)
-        assert copy.derivation().head == a_head().pack()
+        assert copy.derivation.head == a_head().pack()
         assert copy.verify() == []
 
 

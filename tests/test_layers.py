@@ -26,6 +26,7 @@ LAYERS = [
     {
         *("retriever.checks", "retriever.ingest", "retriever.portable"),
         *("retriever.search", "retriever.samples", "retriever.fitting"),
+        *("retriever.tuned", "retriever.tuning"),
     },
     {"retriever.composing"},
     {"retriever.encoders", "retriever.openclip"},
@@ -76,6 +77,7 @@ TORCH_HOMES = {
         "samples",
         "towers",
         "training",
+        "tuning",
     )
 }
 HOMES = {

@@ -1,0 +1,700 @@
+"""A library's own captions → a head that fits its space to them, and what that brought.
+
+The encoder stays as it is. Over the stored embeddings of pictures and captions two small residual
+maps are trained (`indexes.heads`), which begin as the identity, so no picture is opened again.
+
+What is reported was measured on pairs that neither trained a head nor stopped its training. The
+pictures are dealt into folds; each fold in turn is asked, by a head that was trained on the others
+but for one, and stopped where that one was answered best. So every captioned picture is asked once,
+and the intervals are as narrow as the library allows. The head that is adopted was made in the same
+way, of all folds but one.
+
+Nothing leaks between folds: near-duplicates and pictures that share a caption are dealt together,
+and a caption that so many share that this cannot be done is left out everywhere. A caption that
+several pictures have is asked once, and each of them is a right answer, the best one counts; in the
+other direction every text stands once among the candidates.
+
+A head is adopted only if rSum on held-out pairs gains more than chance explains: the lower end of a
+95 % interval of the difference, drawn by groups of pictures that were dealt together, is above 0.
+It must also leave alone what the library is not about: see `Guard`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from indexes.filters import Compare
+from indexes.heads import Head
+from indexes.records import KINDS, Kind
+from retriever import calibration, metrics
+from retriever.duplicates import collapse
+from retriever.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from indexes.records import ItemRow
+    from indexes.store import Store
+    from retriever.encoders import Encoder
+
+Rows = NDArray[np.float32]
+Places = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Progress = Callable[[int, int], None]
+
+# With fewer captioned pictures nothing can be shown, whatever is gained.
+FEWEST = 50
+# No group of pictures that share captions may be a larger part of all: folds could not be dealt.
+LARGEST_GROUP = 0.1
+ITEM_CHUNK = 4096  # rows of the catalogue read at a time
+BLOCK = 256  # queries scored at a time
+UNIFORM_ROWS = 2000  # of which uniformity is measured: it compares each with each
+RECALLS = tuple(f"{direction}_r@{k}" for direction in ("t2i", "i2t") for k in metrics.KS)
+
+
+@dataclass(frozen=True, slots=True)
+class TuneConfig:
+    """Every setting of a tuning."""
+
+    pictures: int = 20_000  # captioned ones looked at, at most
+    captions: int = 5  # of each, at most
+    folds: int = 5
+    epochs: int = 40
+    steps: int = 10  # of an epoch at least, for the few pictures of a small library again
+    patience: int = 6  # epochs without a better validation before training ends
+    batch_size: int = 256
+    lr: float = 3e-3
+    weight_decay: float = 0.1  # towards the identity
+    logit_scale: float = 20.0  # at first; it is learned
+    squared: float = 0.5  # weight of the squared distance, beside the contrastive term
+    faithful: float = (
+        10.0  # weight of staying where it was with texts that are about something else
+    )
+    resamples: int = 1000
+    seed: int = 0
+
+
+DEFAULTS = TuneConfig()
+
+
+# ── pairs ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairs:
+    """Captioned pictures of a library.
+
+    pictures: (n, d) unit rows. texts: (m, d) unit rows, every text once. edges: (e, 2) a picture
+    and a text of it, in the order of the pictures. groups: (n,) pictures of one number go together.
+    left_out: texts that too many pictures share.
+    """
+
+    pictures: Rows
+    texts: Rows
+    edges: Places
+    groups: Places
+    left_out: int = 0
+
+    @classmethod
+    def of(cls, store: Store, config: TuneConfig = DEFAULTS) -> Pairs:
+        """Those of a store, by the model that it was opened with; the same ones each time."""
+        rng = np.random.default_rng(config.seed)
+        items: list[ItemRow] = []
+        images: list[Any] = []
+        place_of: dict[str, int] = {}  # of each text
+        vectors: list[Any] = []
+        edges: list[tuple[int, int]] = []
+        with store.snapshot() as rows:
+            chosen = rng.permutation(rows.select(Compare("captions", ">=", 1)))
+            chosen = np.sort(chosen[: config.pictures])
+            for start in range(0, len(chosen), ITEM_CHUNK):
+                some = chosen[start : start + ITEM_CHUNK].tolist()
+                found, seen = rows.items(some), rows.embeddings("image", some)
+                captions = rows.captions(rows.caption_ids(some))
+                told = rows.embeddings("caption", captions)
+                texts: dict[int, list[tuple[str, Any]]] = {}
+                for caption_id, (item_id, caption) in captions.items():
+                    if caption_id in told:
+                        texts.setdefault(item_id, []).append((caption.text, told[caption_id]))
+                for item_id in some:
+                    if item_id not in seen or item_id not in texts:
+                        continue
+                    for text, vector in texts[item_id][: config.captions]:
+                        if text not in place_of:
+                            place_of[text] = len(vectors)
+                            vectors.append(vector)
+                        edges.append((len(items), place_of[text]))
+                    items.append(found[item_id])
+                    images.append(seen[item_id])
+        dim = store.model.dim
+        pictures = _rows(images, dim)
+        copies = [group for group in collapse(items, pictures) if len(group) > 1]
+        return _dealt(pictures, _rows(vectors, dim), np.array([*dict.fromkeys(edges)]), copies)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def part(self, wanted: Mask) -> Pairs:
+        """The pictures (n,) that are wanted, with their texts."""
+        edges = self.edges[wanted[self.edges[:, 0]]]
+        pictures = np.cumsum(wanted) - 1
+        kept, texts = np.unique(edges[:, 1], return_inverse=True)
+        renumbered = np.stack([pictures[edges[:, 0]], texts.reshape(-1)], axis=1)
+        return Pairs(self.pictures[wanted], self.texts[kept], renumbered, self.groups[wanted])
+
+    def carried(self, head: Head) -> Pairs:
+        """The same where a head takes them."""
+        images, texts = head("image", self.pictures), head("caption", self.texts)
+        return Pairs(images, texts, self.edges, self.groups)
+
+    @property
+    def text_groups(self) -> Places:
+        """(m,) the group of the pictures that each text belongs to."""
+        found = np.empty(len(self.texts), dtype=np.int64)
+        found[self.edges[:, 1]] = self.groups[self.edges[:, 0]]
+        return found
+
+
+def _rows(vectors: Sequence[Any], dim: int) -> Rows:
+    """(n, d) float32 unit rows of stored vectors, which are rounded to float16."""
+    rows = np.zeros((len(vectors), dim), dtype=np.float32)
+    if len(vectors):
+        rows[:] = np.stack(vectors)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows
+
+
+def _dealt(pictures: Rows, texts: Rows, edges: Places, copies: Iterable[Sequence[int]]) -> Pairs:
+    """Pairs in groups: what looks the same, and what has a caption in common, goes together."""
+    edges = edges.reshape(-1, 2)
+    sets = _Sets(len(pictures))
+    for group in copies:
+        for one in group[1:]:
+            sets.join(group[0], one)
+    order = np.argsort(edges[:, 1], kind="stable")
+    starts = np.flatnonzero(np.diff(edges[order, 1], prepend=-1))
+    carriers = np.split(edges[order, 0], starts[1:]) if len(edges) else []
+    most = max(2, int(LARGEST_GROUP * len(pictures)))
+    for some in sorted(carriers, key=len):  # the rarest texts say most of which belong together
+        sets.join_all(some.tolist(), most)
+    roots = np.array([sets.root(one) for one in range(len(pictures))], dtype=np.int64)
+    is_kept = np.zeros(len(texts), dtype=np.bool_)
+    for at, some in zip(edges[order[starts], 1].tolist(), carriers, strict=True):
+        is_kept[at] = bool((roots[some] == roots[some[0]]).all())
+    edges = edges[is_kept[edges[:, 1]]]
+    everything = Pairs(pictures, texts, edges, roots)
+    is_told = np.zeros(len(pictures), dtype=np.bool_)
+    is_told[edges[:, 0]] = True
+    kept = everything.part(is_told)
+    groups = np.unique(kept.groups, return_inverse=True)[1].reshape(-1)
+    return Pairs(kept.pictures, kept.texts, kept.edges, groups, int((~is_kept).sum()))
+
+
+class _Sets:
+    """Numbers in disjoint sets. Tarjan 1975."""
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+        self._size = [1] * count
+
+    def root(self, one: int) -> int:
+        """The number that stands for the set of another."""
+        while self._above[one] != one:
+            self._above[one] = self._above[self._above[one]]
+            one = self._above[one]
+        return one
+
+    def join(self, one: int, other: int) -> None:
+        """Makes two sets one."""
+        large, small = self.root(one), self.root(other)
+        if large != small:
+            if self._size[large] < self._size[small]:
+                large, small = small, large
+            self._above[small] = large
+            self._size[large] += self._size[small]
+
+    def join_all(self, several: Sequence[int], most: int) -> None:
+        """Makes one set of those of several, unless it would have more than `most`."""
+        roots = {self.root(one) for one in several}
+        if len(roots) > 1 and sum(self._size[one] for one in roots) <= most:
+            for one in several[1:]:
+                self.join(several[0], one)
+
+
+def dealt_into_folds(groups: Places, count: int, seed: int) -> Places:
+    """(n,) the fold of each picture: groups stay whole, folds are as even as that allows."""
+    sizes = np.bincount(groups)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(sizes))
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    fold_of = np.empty(len(sizes), dtype=np.int64)
+    filled = np.zeros(count, dtype=np.int64)
+    for group in order.tolist():
+        fold_of[group] = int(filled.argmin())
+        filled[fold_of[group]] += sizes[group]
+    folds: Places = fold_of[groups]
+    return folds
+
+
+# ── measuring ────────────────────────────────────────────────────────────────────────────────────
+
+
+def ranks(queries: Rows, gallery: Rows, edges: Places) -> Places:
+    """(q,) zero-based rank of the best right answer to each query.
+
+    Among equal scores the right one comes last, so that a space which tells nothing apart finds
+    nothing. Other right answers are not counted as before it.
+
+    Args:
+        queries: (q, d).
+        gallery: (g, d).
+        edges: (e, 2) a query and a right answer to it; every query has one.
+    """
+    order = np.argsort(edges[:, 0], kind="stable")
+    asked, right = edges[order].T
+    found = np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), BLOCK):
+        scores = queries[start : start + BLOCK] @ gallery.T
+        first, last = np.searchsorted(asked, [start, start + len(scores)])
+        rows, columns = asked[first:last] - start, right[first:last]
+        best = np.full(len(scores), -np.inf, dtype=np.float32)
+        np.maximum.at(best, rows, scores[rows, columns])
+        scores[rows, columns] = -np.inf
+        found[start : start + len(scores)] = (scores >= best[:, None]).sum(axis=1)
+    return found
+
+
+def both_ranks(pairs: Pairs) -> tuple[Places, Places]:
+    """(m,) ranks of each text's picture, and (n,) of each picture's text."""
+    return (
+        ranks(pairs.texts, pairs.pictures, pairs.edges[:, ::-1]),
+        ranks(pairs.pictures, pairs.texts, pairs.edges),
+    )
+
+
+def rsum(pairs: Pairs) -> float:
+    """R@1 + R@5 + R@10 of both directions, in percent."""
+    return 100 * sum(float((some < k).mean()) for some in both_ranks(pairs) for k in metrics.KS)
+
+
+@dataclass(slots=True, eq=False)
+class Tally:
+    """Right answers to held-out queries, group by group, before and after.
+
+    hits: by name of the recall, (2, g) of each fold. counts: by direction, (g,) queries.
+    """
+
+    hits: dict[str, list[NDArray[np.float64]]] = field(
+        default_factory=lambda: {name: [] for name in RECALLS}
+    )
+    counts: dict[str, list[NDArray[np.float64]]] = field(
+        default_factory=lambda: {"t2i": [], "i2t": []}
+    )
+    spaces: list[tuple[int, dict[str, NDArray[np.float64]]]] = field(default_factory=list)
+
+    def add(self, before: Pairs, after: Pairs) -> None:
+        """Counts one fold."""
+        numbers = np.unique(before.groups)
+        groups = {
+            "t2i": np.searchsorted(numbers, before.text_groups),
+            "i2t": np.searchsorted(numbers, before.groups),
+        }
+        found = {
+            direction: both
+            for direction, *both in zip(groups, both_ranks(before), both_ranks(after), strict=True)
+        }
+        for direction, several in groups.items():
+            self.counts[direction].append(
+                np.bincount(several, minlength=len(numbers)).astype(float)
+            )
+            for k in metrics.KS:
+                self.hits[f"{direction}_r@{k}"].append(
+                    np.stack(
+                        [np.bincount(several, some < k, len(numbers)) for some in found[direction]]
+                    )
+                )
+        both = [_space(before), _space(after)]
+        self.spaces.append(
+            (len(before), {name: np.array([one[name] for one in both]) for name in both[0]})
+        )
+
+    def record(self, resamples: int, seed: int) -> dict[str, Any]:
+        """Recalls in percent with 95 % intervals, before and after, what was gained, and more."""
+        hits = {name: np.concatenate(several, axis=1) for name, several in self.hits.items()}
+        counts = {name: np.concatenate(several) for name, several in self.counts.items()}
+        sizes = [len(several) for several in self.counts["t2i"]]
+
+        def recalls(drawn: Places) -> dict[str, float]:
+            found: dict[str, float] = {}
+            for name, several in hits.items():
+                shares = 100 * (several @ drawn) / max(1.0, float(counts[name[:3]] @ drawn))
+                found[f"before {name}"], found[f"after {name}"] = shares.tolist()
+            for when in ("before", "after"):
+                found[f"{when} rsum"] = sum(found[f"{when} {name}"] for name in RECALLS)
+            for name in (*RECALLS, "rsum"):
+                found[f"gain {name}"] = found[f"after {name}"] - found[f"before {name}"]
+            return found
+
+        found = recalls(np.ones(sum(sizes), dtype=np.int64))
+        intervals = metrics.bootstrap_interval(recalls, sizes, resamples=resamples, seed=seed)
+        record: dict[str, Any] = {}
+        for when in ("before", "after", "gain"):
+            record[when] = {name: round(found[f"{when} {name}"], 2) for name in (*RECALLS, "rsum")}
+            record[when]["intervals"] = {
+                name: [round(one, 2) for one in intervals[f"{when} {name}"]]
+                for name in (*RECALLS, "rsum")
+            }
+        total = sum(size for size, _ in self.spaces)
+        for name in self.spaces[0][1]:
+            means = sum(size * values[name] for size, values in self.spaces) / total
+            record["before"][name], record["after"][name] = np.round(means, 4).tolist()
+        return record
+
+
+def _space(pairs: Pairs) -> dict[str, float]:
+    """Alignment, uniformity and modality gap; see `retriever.metrics`."""
+    images, texts = pairs.edges.T
+    spread = [
+        metrics.uniformity(rows[:UNIFORM_ROWS]) if len(rows) > 1 else 0.0
+        for rows in (pairs.pictures, pairs.texts)
+    ]
+    return {
+        "alignment": metrics.alignment(pairs.pictures[images], pairs.texts[texts]),
+        "uniformity_pictures": spread[0],
+        "uniformity_texts": spread[1],
+        "modality_gap": metrics.modality_gap(pairs.pictures, pairs.texts),
+    }
+
+
+# ── what the library is not about ────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class General:
+    """Texts about something else than a library, and what stands for pictures of them.
+
+    There are no pictures in the wheel. So a text is moved as far as the library's pictures lie from
+    its captions, on average: that is where pictures of it are to be looked for.
+    """
+
+    texts: Rows
+    pictures: Rows
+
+    @classmethod
+    def of(cls, texts: Rows, pairs: Pairs) -> General:
+        """Of the embeddings (g, d) of texts; those near the library's captions are left out."""
+        owners = np.empty(len(pairs.texts), dtype=np.int64)
+        owners[pairs.edges[:, 1]] = pairs.edges[:, 0]
+        sample = np.arange(0, len(owners), max(1, len(owners) // ITEM_CHUNK))
+        apart = texts[calibration.unrelated(texts, pairs.texts[sample], owners[sample])]
+        moved = apart + pairs.pictures.mean(axis=0) - pairs.texts.mean(axis=0)
+        return cls(apart, moved / np.linalg.norm(moved, axis=1, keepdims=True))
+
+    def half(self, which: int) -> General:
+        """Every other text: one half is trained with, the other is looked at afterwards."""
+        return General(self.texts[which::2], self.pictures[which::2])
+
+    def kept(self, head: Head) -> dict[str, float]:
+        """How much of the neighbourhoods of these texts a head leaves, 1 being all.
+
+        `texts`: the correlation of the cosines between all texts, before and after. `pictures`: of
+        those between texts and pictures. `cosine`: the mean of a text's with itself, carried.
+        """
+        texts, pictures = head("caption", self.texts), head("image", self.pictures)
+        above = np.triu_indices(len(texts), 1)
+        return {
+            "texts": _correlation((self.texts @ self.texts.T)[above], (texts @ texts.T)[above]),
+            "pictures": _correlation(self.texts @ self.pictures.T, texts @ pictures.T),
+            "cosine": round(float((self.texts * texts).sum(axis=1).mean()), 4),
+        }
+
+
+def _correlation(ones: Rows, others: Rows) -> float:
+    """Pearson's, of all values."""
+    return round(float(np.corrcoef(ones.ravel(), others.ravel())[0, 1]), 4)
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def train_head(
+    train: Pairs,
+    validation: Pairs,
+    general: General,
+    config: TuneConfig = DEFAULTS,
+    *,
+    progress: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Head, int] | None:
+    """The head of the epoch with the best rSum of `validation`, and that epoch; 0: the identity.
+
+    Minimised is the cross-entropy of choosing a picture's text among those of a batch and a text's
+    picture (`retriever.objectives.clip_loss`, arXiv:2103.00020), plus the mean squared distance of
+    the pairs, plus that of `general` from where it was. A text that another picture of the batch
+    has as well is no wrong answer to that one.
+
+    Args:
+        train: pairs that the head learns.
+        validation: pairs that say when to stop.
+        general: what should stay where it is.
+        config: the settings.
+        progress: called with each epoch that ended.
+        stop: asked after each epoch; None comes back once it says yes.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from retriever.objectives import squared_distance_loss
+
+    torch.manual_seed(config.seed)
+    rng = np.random.default_rng(config.seed)
+    rows = {"image": torch.from_numpy(train.pictures), "caption": torch.from_numpy(train.texts)}
+    fixed = {
+        "image": torch.from_numpy(general.pictures),
+        "caption": torch.from_numpy(general.texts),
+    }
+    dim = train.pictures.shape[1]
+    weights = {kind: torch.zeros(dim, dim, requires_grad=True) for kind in KINDS}
+    biases = {kind: torch.zeros(dim, requires_grad=True) for kind in KINDS}
+    scale = torch.tensor(float(np.log(config.logit_scale)), requires_grad=True)
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": [*weights.values(), *biases.values()], "weight_decay": config.weight_decay},
+            {"params": [scale], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+    )
+
+    def carried(kind: Kind, given: torch.Tensor) -> torch.Tensor:
+        return F.normalize(given + given @ weights[kind] + biases[kind], dim=1)
+
+    def loss(pictures: Places, texts: Places) -> torch.Tensor:
+        images = carried("image", rows["image"][pictures])
+        captions = carried("caption", rows["caption"][texts])
+        also = (table[pictures][:, None, :] == texts[None, :, None]).any(axis=2)
+        np.fill_diagonal(also, False)
+        logits = scale.exp() * images @ captions.T
+        logits = logits.masked_fill(torch.from_numpy(also), -1e4)
+        partners = torch.arange(len(pictures))
+        contrast = F.cross_entropy(logits, partners) + F.cross_entropy(logits.T, partners)
+        moved = sum(
+            squared_distance_loss(carried(kind, fixed[kind]), fixed[kind]) for kind in KINDS
+        )
+        near = squared_distance_loss(images, captions)
+        total: torch.Tensor = contrast / 2 + config.squared * near + config.faithful * moved
+        return total
+
+    table = _table(train)
+    counts = (table >= 0).sum(axis=1)
+    best, best_epoch, best_rsum = _identity(dim), 0, rsum(validation)
+    for epoch in range(1, config.epochs + 1):
+        for pictures in _batches(len(train), config, rng):
+            texts = table[pictures, rng.integers(counts[pictures])]
+            optimiser.zero_grad()
+            loss(pictures, texts).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            with torch.no_grad():
+                scale.clamp_(max=float(np.log(100)))
+        head = Head(
+            {kind: one.detach().numpy().copy() for kind, one in weights.items()},
+            {kind: one.detach().numpy().copy() for kind, one in biases.items()},
+        )
+        found = rsum(validation.carried(head))
+        if found > best_rsum:
+            best, best_epoch, best_rsum = head, epoch, found
+        if progress is not None:
+            progress(epoch)
+        if stop is not None and stop():
+            return None
+        if epoch - best_epoch >= config.patience:
+            break
+    return best, best_epoch
+
+
+def _batches(count: int, config: TuneConfig, rng: np.random.Generator) -> Iterator[Places]:
+    """The pictures in random order, each once, or again and again until there are steps enough."""
+    size = max(1, round(count / config.batch_size))
+    for _ in range(-(-config.steps // size)):
+        yield from np.array_split(rng.permutation(count), size)
+
+
+def _identity(dim: int) -> Head:
+    return Head(
+        dict.fromkeys(KINDS, np.zeros((dim, dim), np.float32)),
+        dict.fromkeys(KINDS, np.zeros(dim, np.float32)),
+    )
+
+
+def _table(pairs: Pairs) -> Places:
+    """(n, c) the texts of each picture, filled up with -1."""
+    counts = np.bincount(pairs.edges[:, 0], minlength=len(pairs))
+    order = np.argsort(pairs.edges[:, 0], kind="stable")
+    within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.full((len(pairs), counts.max()), -1, dtype=np.int64)
+    table[pairs.edges[order, 0], within] = pairs.edges[order, 1]
+    return table
+
+
+# ── tuning ───────────────────────────────────────────────────────────────────────────────────────
+
+# Of the neighbourhoods of texts about something else, what must be left: see `General.kept`.
+LEAST_KEPT = 0.9
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tuning:
+    """What was found: a head, whether it should be adopted, why, and all that was measured."""
+
+    head: Head | None
+    is_better: bool
+    reason: str
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TuneReport:
+    """What came of tuning a library.
+
+    adopted: whether it is searched in the new space now. is_better: whether that should be so.
+    reason: a sentence. base: the model that it was tuned from. measured: see `Tuning`.
+    """
+
+    adopted: bool
+    is_better: bool
+    reason: str
+    base: str
+    measured: dict[str, Any]
+
+
+def tune(
+    store: Store,
+    encoder: Callable[[], Encoder],
+    config: TuneConfig = DEFAULTS,
+    *,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Tuning | None:
+    """A head for a store's embeddings, trained on its own captions, and what it brings.
+
+    The store is only read. 20,000 captioned pictures are looked at at most; that takes minutes and
+    some hundred MB. See the top of this module for how it is measured.
+
+    Args:
+        store: as the model sees it that read pictures and texts.
+        encoder: gives the encoder of that model, for texts that are about something else.
+        config: the settings.
+        progress: called with (done, total) epochs; training may end before the last.
+        stop: asked after each epoch; None comes back once it says yes.
+
+    Raises:
+        MissingExtraError: torch is not installed.
+        EncoderError: the encoder cannot be had.
+    """
+    try:
+        import torch  # noqa: F401 (what follows takes a while, and would be for nothing)
+    except ModuleNotFoundError as exc:
+        raise MissingExtraError("Tuning", "models") from exc
+    started = time.monotonic()
+    pairs = Pairs.of(store, config)
+    record: dict[str, Any] = {
+        "pictures": len(pairs),
+        "texts": len(pairs.texts),
+        "groups": int(pairs.groups.max(initial=-1)) + 1,
+        "left_out_texts": pairs.left_out,
+        "settings": asdict(config),
+    }
+    if len(pairs) < FEWEST or record["groups"] < 2 * config.folds:
+        few = f"{len(pairs):,} captioned pictures in {record['groups']:,} groups"
+        reason = f"too few captions to tell whether tuning helps: {few}, of at least {FEWEST} in"
+        return Tuning(None, False, f"{reason} {2 * config.folds} that share no caption", record)
+    general = General.of(encoder().encode_texts(calibration.background()), pairs)
+    found = cross_fitted(pairs, general, config, progress=progress, stop=stop)
+    if found is None:
+        return None
+    head, measured = found
+    record |= measured | {"seconds": round(time.monotonic() - started, 1)}
+    is_better, reason = _verdict(record)
+    return Tuning(head, is_better, reason, record)
+
+
+def cross_fitted(
+    pairs: Pairs,
+    general: General,
+    config: TuneConfig = DEFAULTS,
+    *,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Head, dict[str, Any]] | None:
+    """A head for some pairs, and what heads like it bring to pairs that they did not see.
+
+    Returns the head of all folds but one, and a record: `before`, `after` and `gain` as `Tally` has
+    them, the `epochs` of each head, and how much is kept of `general`. None if it was stopped.
+    """
+    folds = dealt_into_folds(pairs.groups, config.folds, config.seed)
+    total = config.epochs * (config.folds + 1)
+    report = progress or (lambda done, total: None)
+    report(0, total)
+    tally, epochs = Tally(), []
+    head = _identity(pairs.pictures.shape[1])
+    for fold in range(config.folds + 1):
+        # The last one is the head that is adopted: nothing is held out of it.
+        watching = fold % config.folds
+        asked = (watching + 1) % config.folds if fold < config.folds else -1
+        done = fold * config.epochs
+        trained = train_head(
+            pairs.part((folds != watching) & (folds != asked)),
+            pairs.part(folds == watching),
+            general.half(0),
+            config,
+            progress=lambda epoch, done=done: report(done + epoch, total),  # type: ignore[misc]
+            stop=stop,
+        )
+        if trained is None:
+            return None
+        head, epoch = trained
+        epochs.append(epoch)
+        report(done + config.epochs, total)
+        if asked >= 0:
+            held_out = pairs.part(folds == asked)
+            tally.add(held_out, held_out.carried(head))
+    record = tally.record(config.resamples, config.seed)
+    return head, record | {"epochs": epochs, "general": general.half(1).kept(head)}
+
+
+def _verdict(record: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a head should be adopted, and why."""
+    gain = record["gain"]["rsum"]
+    low, high = record["gain"]["intervals"]["rsum"]
+    told = f"held-out rSum changes by {gain:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
+    if low <= 0 or not record["epochs"][-1]:
+        return False, f"{told}: no more than chance explains"
+    kept = record["general"]
+    if min(kept["texts"], kept["pictures"]) < LEAST_KEPT:
+        return False, (
+            f"{told}, but what the library is not about would be found worse: of the neighbourhoods"
+            f" of other texts {100 * min(kept['texts'], kept['pictures']):.0f} % would be left"
+        )
+    return True, told
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """What was measured as a table for people."""
+    if "before" not in record:
+        return ""
+    lines = [f"{'':<10}{'before':>7}  {'':<13}{'after':>7}  {'':<13}{'gain':>7}"]
+    for name in (*RECALLS, "rsum"):
+        row = f"{name.replace('_r@', ' R@').replace('rsum', 'rSum'):<10}"
+        for when in ("before", "after", "gain"):
+            low, high = record[when]["intervals"][name]
+            sign = "+" if when == "gain" else ""
+            span = f"{low:{sign}.1f} to {high:{sign}.1f}"
+            row += f"{record[when][name]:>{sign}7.1f}  {span:<15}"
+        lines.append(row.rstrip())
+    for name in ("alignment", "uniformity_pictures", "uniformity_texts", "modality_gap"):
+        before, after = record["before"][name], record["after"][name]
+        lines.append(f"{name.replace('_', ' '):<21}{before:>7.3f} → {after:.3f}")
+    return "\n".join(lines)
