@@ -3,14 +3,17 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from conftest import COLOURS
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tiny_models import write_checkpoint
 
 from retriever.encoders import CheckpointEncoder, OnnxEncoder
 from retriever.errors import EncoderError
-from retriever.export import GROUP, _to_int8, export_onnx
+from retriever.export import GROUP, LARGE_KERNEL, OPSET, _to_int8, compact, export_onnx
 
 TEXTS = ["a red square", "two dog on the cat", "", "blue", "unheard words in a picture"]
 
@@ -124,3 +127,43 @@ def test_int8_is_within_half_a_step_of_the_weights() -> None:
     # Rounding moves a weight by half a step at most; the scale itself is rounded to 11 bits.
     allowed = scales.astype(np.float32) * (0.5 + 127 * 2**-11)
     assert (np.abs(whole * scales.astype(np.float32) - values) <= allowed).all()
+
+
+def test_a_convolution_of_one_point_is_stored_as_int8_and_others_as_float16(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kernels = {
+        "point": rng.normal(size=(LARGE_KERNEL // 160, 160, 1, 1)).astype(np.float32),
+        "square": rng.normal(size=(32, LARGE_KERNEL // 160, 3, 3)).astype(np.float32),
+        "depthwise": rng.normal(size=(512, 1, 3, 3)).astype(np.float32),
+    }
+    pixels = rng.normal(size=(1, 160, 6, 5)).astype(np.float32)
+    wide = helper.make_node("Concat", ["squared"] * 16, ["wide"], axis=1)
+    nodes = [
+        helper.make_node("Conv", ["pixels", "point"], ["points"]),
+        helper.make_node("Conv", ["points", "square"], ["squared"]),
+        wide,
+        helper.make_node("Conv", ["wide", "depthwise"], ["embeddings"], group=512),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tower",
+        [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, pixels.shape)],
+        [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, (1, 512, 2, 1))],
+        [numpy_helper.from_array(kernel, name) for name, kernel in kernels.items()],
+    )
+    path = tmp_path / "tower.onnx"
+    opset = helper.make_opsetid("", OPSET)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
+
+    def run() -> np.ndarray:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return session.run(None, {"pixels": pixels})[0]
+
+    before, size = run(), path.stat().st_size
+    compact(path, int8=True)
+    stored = {one.name: one.data_type for one in onnx.load(path).graph.initializer}
+    assert stored["point.int8"] == TensorProto.INT8
+    assert stored["square.half"] == stored["depthwise.half"] == TensorProto.FLOAT16
+    after = run()
+    assert np.abs(after - before).max() < 0.02 * np.abs(before).max()
+    assert path.stat().st_size < 0.5 * size
