@@ -1,8 +1,8 @@
 """Heads: small functions that carry embeddings over to a space which fits one library better.
 
-    y = (x + x·W + b), made to length 1
+    y = (x + gelu(x·D + c)·U + b), made to length 1
 
-Pictures and captions have matrices of their own. With W and b zero it is the identity. A head is
+Pictures and captions have matrices of their own. With U and b zero it is the identity. A head is
 kept as the bytes of a safetensors file, which is read here without that package: eight bytes with
 the length of a JSON header, the header, and the numbers.
 """
@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,45 +25,57 @@ Rows = NDArray[np.float32]
 
 # No header of ours is longer, nor has a model more dimensions.
 MAX_HEADER_BYTES = 1 << 16
-MAX_DIM = 1 << 13
+MAX_SIDE = 1 << 13
+
+
+class Residual(NamedTuple):
+    """What is added to embeddings of one kind.
+
+    down: (d, h). inner: (h,). up: (h, d). bias: (d,).
+    """
+
+    down: Rows
+    inner: Rows
+    up: Rows
+    bias: Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """What is added to embeddings of pictures and of captions: `weights` (d, d), `biases` (d,)."""
+    """A function of embeddings of pictures, and one of embeddings of captions and other texts."""
 
-    weights: Mapping[Kind, Rows]
-    biases: Mapping[Kind, Rows]
+    residuals: Mapping[Kind, Residual]
 
     def __call__(self, kind: Kind, rows: NDArray[np.floating]) -> Rows:
-        """(n, d) float32 unit rows for embeddings (n, d) of a kind; texts are of captions' kind."""
+        """(n, d) float32 unit rows for embeddings (n, d); all texts are of captions' kind."""
+        one = self.residuals[kind]
         given = np.ascontiguousarray(rows, dtype=np.float32)
-        carried: Rows = given + given @ self.weights[kind]
-        carried += self.biases[kind]
+        carried: Rows = given + _gelu(given @ one.down + one.inner) @ one.up
+        carried += one.bias
         carried /= np.linalg.norm(carried, axis=1, keepdims=True)
         return carried
 
     @property
     def dim(self) -> int:
         """Columns of the embeddings that it takes."""
-        return len(self.biases["image"])
+        return len(self.residuals["image"].bias)
 
     def pack(self) -> bytes:
-        """The bytes of a safetensors file with the tensors `image.weight`, `image.bias`, ..."""
-        tensors = {
-            f"{kind}.{name}": np.ascontiguousarray(several[kind], dtype="<f4")
-            for kind in KINDS
-            for name, several in (("weight", self.weights), ("bias", self.biases))
-        }
-        header, at = {}, 0
-        for name, values in tensors.items():
-            ends = [at, at + values.nbytes]
-            header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": ends}
-            at = ends[1]
+        """The bytes of a safetensors file with the tensors `image.down`, `image.inner`, ..."""
+        header: dict[str, Any] = {}
+        parts: list[bytes] = []
+        at = 0
+        for kind in KINDS:
+            for name, values in self.residuals[kind]._asdict().items():
+                part = np.ascontiguousarray(values, dtype="<f4").tobytes()
+                ends = [at, at + len(part)]
+                shape = list(values.shape)
+                header[f"{kind}.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": ends}
+                parts.append(part)
+                at = ends[1]
         told = json.dumps(header, separators=(",", ":")).encode()
         told += b" " * (-len(told) % 8)  # so that the numbers are aligned
-        data = b"".join(values.tobytes() for values in tensors.values())
-        return len(told).to_bytes(8, "little") + told + data
+        return len(told).to_bytes(8, "little") + told + b"".join(parts)
 
     @classmethod
     def unpack(cls, data: bytes) -> Head:
@@ -71,31 +84,49 @@ class Head:
         if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
             raise ValueError("a head has no header")
         header = json.loads(data[8 : 8 + length])
-        found: dict[str, Rows] = {}
-        for kind in KINDS:
-            for name, axes in (("weight", 2), ("bias", 1)):
-                try:
-                    one = header[f"{kind}.{name}"]
-                    shape, (start, end) = one["shape"], one["data_offsets"]
-                    is_ours = one["dtype"] == "F32" and len(shape) == axes
-                    if not is_ours or any(type(n) is not int for n in (*shape, start, end)):
-                        raise ValueError("a head holds something other than rows of float32")
-                except (KeyError, TypeError) as error:
-                    raise ValueError(f"a head lacks {error}") from error
-                is_square = len({*shape}) == 1 and 0 < shape[0] <= MAX_DIM
-                if not is_square or end - start != 4 * math.prod(shape) or start < 0:
-                    raise ValueError("a head has no square matrices")
-                numbers = data[8 + length + start : 8 + length + end]
-                values = np.frombuffer(numbers, "<f4").reshape(shape).astype(np.float32)
-                if not np.isfinite(values).all():
-                    raise ValueError("a head holds something that is no number")
-                found[f"{kind}.{name}"] = values
-        if len({len(values) for values in found.values()}) != 1:
-            raise ValueError("the parts of a head differ in size")
-        return cls(
-            {kind: found[f"{kind}.weight"] for kind in KINDS},
-            {kind: found[f"{kind}.bias"] for kind in KINDS},
+        if not isinstance(header, dict):
+            raise ValueError("a head has another header")
+        numbers = data[8 + length :]
+        head = cls(
+            {
+                kind: Residual(
+                    *(_tensor(header.get(f"{kind}.{name}"), numbers) for name in Residual._fields)
+                )
+                for kind in KINDS
+            }
         )
+        for down, inner, up, bias in head.residuals.values():
+            sides = (head.dim, *inner.shape)
+            if len(sides) != 2 or (down.shape, up.shape) != (sides, sides[::-1]):
+                raise ValueError("the parts of a head do not fit together")
+            if bias.shape != (head.dim,):
+                raise ValueError("the parts of a head differ in size")
+        return head
+
+
+def _tensor(described: Any, numbers: bytes) -> Rows:
+    """What a header describes; raises ValueError unless all of it is there and finite."""
+    try:
+        shape, (start, end) = described["shape"], described["data_offsets"]
+        is_ours = described["dtype"] == "F32" and 1 <= len(shape) <= 2
+    except (KeyError, TypeError) as error:
+        raise ValueError("a head lacks a part") from error
+    if not is_ours or any(type(n) is not int or n < 0 for n in (*shape, start, end)):
+        raise ValueError("a head holds something other than float32")
+    is_small = all(0 < n <= MAX_SIDE for n in shape)
+    if not is_small or end - start != 4 * math.prod(shape) or end > len(numbers):
+        raise ValueError("a part of a head has another size")
+    values = np.frombuffer(numbers[start:end], "<f4").reshape(shape).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("a head holds something that is no number")
+    return values
+
+
+def _gelu(rows: Rows) -> Rows:
+    """Gaussian error linear units, as torch approximates them by tanh. arXiv:1606.08415."""
+    inner = math.sqrt(2 / math.pi) * (rows + 0.044715 * rows * rows * rows)
+    made: Rows = 0.5 * rows * (1 + np.tanh(inner))
+    return made
 
 
 def fingerprint(base: str, head: bytes) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from indexes.care import repair
 from indexes.errors import InvalidRowsError, WrongModelError
-from indexes.heads import Head, fingerprint
+from indexes.heads import Head, Residual, fingerprint
 from indexes.records import KINDS
 from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store, Writer
 
@@ -23,10 +23,18 @@ ROUNDED = 2e-3
 
 def a_head(seed: int = 0, size: float = 0.5) -> Head:
     rng = np.random.default_rng(seed)
+    shapes = ((4, 3), (3,), (3, 4), (4,))
     return Head(
-        {kind: (size * rng.normal(size=(4, 4))).astype(np.float32) for kind in KINDS},
-        {kind: (size * rng.normal(size=4)).astype(np.float32) for kind in KINDS},
+        {
+            kind: Residual(*((size * rng.normal(size=one)).astype(np.float32) for one in shapes))
+            for kind in KINDS
+        }
     )
+
+
+def zeros(inner: int = 3) -> Residual:
+    shapes = ((4, inner), (inner,), (inner, 4), (4,))
+    return Residual(*(np.zeros(one, np.float32) for one in shapes))
 
 
 def spec_of(head: Head) -> ModelSpec:
@@ -99,28 +107,33 @@ def assert_follows(store: Store, head: Head, base: Store) -> None:
 
 
 def test_a_head_of_zeros_changes_nothing():
-    zeros = Head(
-        dict.fromkeys(KINDS, np.zeros((4, 4), np.float32)),
-        dict.fromkeys(KINDS, np.zeros(4, np.float32)),
-    )
     rows = unit_rows(7)
+    head = Head(dict.fromkeys(KINDS, zeros()))
     for kind in KINDS:
-        assert zeros(kind, rows) == pytest.approx(rows, abs=1e-6)
+        assert head(kind, rows) == pytest.approx(rows, abs=1e-6)
 
 
 def test_a_row_is_worked_out_by_hand():
-    weight = np.zeros((4, 4), np.float32)
-    weight[0, 1] = 1
-    head = Head(
-        {"image": weight, "caption": np.zeros((4, 4), np.float32)},
-        {
-            "image": np.array([0, 0, 0, 1], np.float32),
-            "caption": np.array([0, 3, 0, 0], np.float32),
-        },
-    )
+    # The first column, less 1, goes through gelu(1) = 0.8412 to the second; 1 is added to the last.
+    down, up = np.zeros((4, 1), np.float32), np.zeros((1, 4), np.float32)
+    down[0], up[0, 1] = 2, 1
+    image = Residual(down, np.array([-1], np.float32), up, np.array([0, 0, 0, 1], np.float32))
+    caption = zeros(1)._replace(bias=np.array([0, 3, 0, 0], np.float32))
+    head = Head({"image": image, "caption": caption})
     first = np.array([[1, 0, 0, 0]], np.float32)
-    assert head("image", first)[0] == pytest.approx(np.array([1, 1, 0, 1]) / 3**0.5)
+    expected = np.array([1, 0.8412, 0, 1]) / (2 + 0.8412**2) ** 0.5
+    assert head("image", first)[0] == pytest.approx(expected, abs=1e-4)
     assert head("caption", first)[0] == pytest.approx(np.array([1, 3, 0, 0]) / 10**0.5)
+
+
+def test_it_is_what_torch_makes_of_the_same_numbers():
+    torch = pytest.importorskip("torch")
+    head, rows = a_head(size=3), unit_rows(9)
+    down, inner, up, bias = map(torch.from_numpy, head.residuals["image"])
+    given = torch.from_numpy(rows)
+    made = given + torch.nn.functional.gelu(given @ down + inner, approximate="tanh") @ up + bias
+    expected = torch.nn.functional.normalize(made, dim=1).numpy()
+    assert head("image", rows) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_head_comes_back_from_its_bytes_which_safetensors_reads_as_well():
@@ -131,7 +144,7 @@ def test_a_head_comes_back_from_its_bytes_which_safetensors_reads_as_well():
     for kind in KINDS:
         assert np.array_equal(again(kind, rows), head(kind, rows))
     safetensors = pytest.importorskip("safetensors.numpy")
-    assert np.array_equal(safetensors.load(head.pack())["image.weight"], head.weights["image"])
+    assert np.array_equal(safetensors.load(head.pack())["image.up"], head.residuals["image"].up)
 
 
 @given(cut=st.integers(0, 700), at=st.integers(0, 400), byte=st.integers(0, 255))
