@@ -723,12 +723,16 @@ class Library:
                     f"{name} is the default model of {self.path}: make another one the default"
                     " first (`retriever models --use NAME`)"
                 )
-            bases = {one.derived.base for one in self._store.models() if one.derived}
-            if any(one.spec in bases for one in dropped):
-                raise UsageError(
-                    f"{self.path} is tuned from {name}: go back to that first (`retriever tune"
-                    " --undo`)"
-                )
+            specs = {one.spec for one in dropped}
+            for other in self._store.models():
+                if other.derived and other.derived.base in specs and other not in dropped:
+                    first = (
+                        "tune --undo" if other.is_default else f"models --drop {other.spec.name}"
+                    )
+                    raise UsageError(
+                        f"{other.spec.name} is tuned from {name}: forget that first"
+                        f" (`retriever {first}`)"
+                    )
             for one in dropped:
                 writer.drop_model(one.spec.fingerprint)
             writer.finish()

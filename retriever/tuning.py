@@ -145,7 +145,7 @@ class Pairs:
         dim = store.model.dim
         pictures = _rows(images, dim)
         copies = [group for group in collapse(items, pictures) if len(group) > 1]
-        return _dealt(pictures, _rows(vectors, dim), np.array([*dict.fromkeys(edges)]), copies)
+        return _dealt(pictures, _rows(vectors, dim), _numbered(edges), copies)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -180,9 +180,13 @@ def _rows(vectors: Sequence[Any], dim: int) -> Rows:
     return rows
 
 
+def _numbered(edges: Iterable[tuple[int, int]]) -> Places:
+    """(e, 2) each of them once, in the order of the first."""
+    return np.array([*dict.fromkeys(edges)], dtype=np.int64).reshape(-1, 2)
+
+
 def _dealt(pictures: Rows, texts: Rows, edges: Places, copies: Iterable[Sequence[int]]) -> Pairs:
     """Pairs in groups: what looks the same, and what has a caption in common, goes together."""
-    edges = edges.reshape(-1, 2)
     sets = _Sets(len(pictures))
     for group in copies:
         for one in group[1:]:

@@ -1,6 +1,9 @@
 """Derived models: a head, its bytes, and what a store keeps beside the embeddings of its base."""
 
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -261,6 +264,50 @@ def test_progress_tells_of_every_embedding(store):
     told: list[tuple[int, int]] = []
     adopt(store, a_head(), progress=lambda done, total: told.append((done, total)))
     assert (told[0], told[-1]) == ((0, 36), (36, 36))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_heads import a_head, spec_of
+from indexes.store import Store
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+calls = int(sys.argv[2])
+
+def count(done, total):
+    global calls
+    calls -= 1
+    if not calls:
+        die()
+
+with Store.open(Path(sys.argv[1])) as store, store.writer() as writer:
+    assert writer.adopt(spec_of(a_head()), a_head().pack(), {}, progress=count)
+    die()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such signal")
+@pytest.mark.parametrize("calls", [1, 2, 3, 9])
+def test_killed_anywhere_an_adoption_leaves_what_was_there_or_all_of_the_new(store, calls):
+    before = answers(store)
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(store.path), str(calls), str(here)],
+        cwd=here.parent,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    with Store.open(store.path) as seen:
+        is_new = calls == 9  # killed after it was done, before its FAISS files were written
+        assert (seen.model == spec_of(a_head()), len(seen.models()) == 2) == (is_new, is_new)
+        assert (answers(seen) == before) is not is_new
+        if is_new:
+            assert_follows(seen, a_head(), store)
+        assert seen.verify() == []
 
 
 @pytest.mark.parametrize(

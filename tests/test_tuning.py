@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -369,6 +371,13 @@ def test_too_few_captions_are_told(tmp_path):
     assert "too few captions to tell" in found.reason
 
 
+def test_a_library_without_captions_is_told_so_too(tmp_path):
+    with Library.create(tmp_path / "bare.lib", TurnedEncoder()) as library:
+        assert "too few captions" in library.tune(QUICK).reason
+        library.index(paint(tmp_path / "bare", range(3), ""))
+        assert "0 captioned pictures" in library.tune(QUICK).reason
+
+
 def test_the_same_library_gives_the_same_head(tmp_path):
     with filled(tmp_path / "made.lib", numbered(80, noise=0.3)) as store:
         one, other = (tuning.tune(store, Elsewhere, QUICK) for _ in range(2))
@@ -494,7 +503,7 @@ def test_a_tuned_library_opens_by_default_by_either_name_and_with_its_encoder(tu
 
 
 def test_the_model_that_a_library_is_tuned_from_cannot_be_dropped(tuned):
-    with pytest.raises(UsageError, match="is tuned from turned"):
+    with pytest.raises(UsageError, match=r"tuned is tuned from turned.*tune --undo"):
         tuned.drop_model("turned")
     tuned.use_model("turned")
     assert [one.spec.name for one in tuned.drop_model("turned+tuned")] == ["turned+tuned"]
@@ -587,7 +596,45 @@ def test_too_few_captions_are_no_failure(tmp_path, by_name):
     assert record["adopted"] is False
 
 
+def test_a_tuned_library_is_searched_and_indexed_without_torch(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+import numpy as np
+from indexes.heads import Head, Residual, fingerprint
+from indexes.records import ModelSpec
+from retriever import Library
+home = Path(sys.argv[1])
+with Library.create(home / "new.lib") as library:
+    library.index(home / "pictures")
+    base, rng = library.model, np.random.default_rng(0)
+    shapes = ((base.dim, 8), (8,), (8, base.dim), (base.dim,))
+    part = Residual(*(rng.normal(size=one).astype(np.float32) / 9 for one in shapes))
+    head = Head({"image": part, "caption": part}).pack()
+    tuned = ModelSpec("mini+tuned", base.dim, fingerprint(base.fingerprint, head))
+    with library._store.writer() as writer:
+        assert writer.adopt(tuned, head, {})
+with Library.open(home / "new.lib") as library:
+    assert library.model == tuned
+    assert library.index(home / "more").added == 2
+    assert len(library.search("a red picture")) == 5
+    assert library.verify(sample=2) == []
+print("loaded:", sorted({"torch", "safetensors", "open_clip"} & set(sys.modules)))
+"""
+    paint(tmp_path / "pictures", range(3))
+    paint(tmp_path / "more", range(3, 5))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
 def test_without_torch_the_command_says_what_is_missing(library, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"Tuning needs an optional part.*\[models\]"):
         library.tune(QUICK)
