@@ -1,0 +1,453 @@
+"""What `retriever tune` brings on held-out pairs, what it costs, and what it leaves as it was.
+
+    python benchmarks/tuning.py fashion-products grocery-store flickr8k --foreign flickr8k \\
+        --foreign coco-mini --libraries libraries --out benchmarks/results/tuning.json
+
+Of a data set with a validation split that is tuned to, of others everything. Recalls are of pairs
+that neither trained a head nor stopped its training (see `retriever.tuning`), and so are those of
+hubness correction: a bias for each picture, by how near it is to all captions that were learned
+(inverted softmax, Smith et al. 2017, arXiv:1702.03859; query-bank normalisation, Bogolin et al.
+2022, arXiv:2112.12777), whose two numbers are chosen on the pairs that stopped the training.
+
+What a library that is tuned to the first data set still finds elsewhere is asked of the test splits
+of --foreign ones, with the head that is adopted and with one whose training nothing tied to texts
+about something else. An architecture of open_clip with random weights must be refused. The largest
+library is carried over to the first head's space and back, and its answers are compared.
+
+Libraries are made where --libraries says, once. Data sets that are not there are left out.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from report import format_table, out_option, write_report
+
+from indexes.heads import Head, fingerprint
+from indexes.records import ModelSpec
+from indexes.store import Store
+from retriever import calibration, tuning
+from retriever.data import list_pictures, read_pairs
+from retriever.encoders import Encoder, load_encoder
+from retriever.library import Library
+from retriever.metrics import bootstrap_interval
+from retriever.phrases import phrases
+from retriever.tuning import RECALLS, General, Pairs, TuneConfig
+
+Rows = NDArray[np.float32]
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting of the benchmark; those of `TuneConfig` are its own."""
+
+    model: str = "mini"
+    random: str = "ViT-S-32"  # of open_clip, with weights that know nothing
+    random_pictures: int = 150
+    betas: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0, 80.0)  # sharpness of the inverted softmax
+    weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the bias
+    queries: int = 100  # whose answers are compared before and after
+    epochs: int = tuning.DEFAULTS.epochs
+    resamples: int = tuning.DEFAULTS.resamples
+    seed: int = 0
+
+
+DEFAULTS = Settings()
+
+
+def config_of(settings: Settings) -> TuneConfig:
+    """How heads are trained."""
+    return TuneConfig(epochs=settings.epochs, resamples=settings.resamples, seed=settings.seed)
+
+
+# ── hubness ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def bias(texts: Rows, pictures: Rows, beta: float) -> Rows:
+    """(n,) how near each picture is to texts in general: log mean exp(beta · cosine) / beta."""
+    scores = beta * (texts @ pictures.T)
+    most = scores.max(axis=0)
+    near: Rows = (most + np.log(np.exp(scores - most).mean(axis=0))) / beta
+    return near - near.mean()
+
+
+def corrected_ranks(pairs: Pairs, subtracted: Rows) -> Places:
+    """(m,) ranks of each text's picture once something is subtracted from every picture's score."""
+    queries = np.hstack([pairs.texts, -np.ones((len(pairs.texts), 1), np.float32)])
+    gallery = np.hstack([pairs.pictures, subtracted[:, None].astype(np.float32)])
+    return tuning.ranks(queries, gallery, pairs.edges[:, ::-1])
+
+
+class Hubness:
+    """Sums of R@1, R@5 and R@10 of captions, without and with a bias, over all folds."""
+
+    def __init__(self, settings: Settings, *, is_tuned: bool) -> None:
+        self.settings = settings
+        self.is_tuned = is_tuned
+        self.sums: list[NDArray[np.float64]] = []  # (2, g) of each fold
+        self.counts: list[NDArray[np.float64]] = []
+        self.chosen: list[tuple[float, float]] = []  # beta and weight
+
+    def watch(self, train: Pairs, validation: Pairs, asked: Pairs, head: Head) -> None:
+        """One fold; see `retriever.tuning.tune`."""
+        if self.is_tuned:
+            train, validation, asked = (one.carried(head) for one in (train, validation, asked))
+        best, chosen = (
+            _hits(corrected_ranks(validation, np.zeros(len(validation)))).mean(),
+            (0.0, 0.0),
+        )
+        for beta in self.settings.betas:
+            known = bias(train.texts, validation.pictures, beta)
+            for weight in self.settings.weights:
+                found = _hits(corrected_ranks(validation, weight * known)).mean()
+                if found > best:
+                    best, chosen = found, (beta, weight)
+        beta, weight = chosen
+        subtracted = weight * bias(train.texts, asked.pictures, beta or 1.0)
+        groups = np.unique(asked.groups, return_inverse=True)[1].reshape(-1)
+        of_text = groups[asked.edges[np.unique(asked.edges[:, 1], return_index=True)[1], 0]]
+        both = [corrected_ranks(asked, one) for one in (np.zeros(len(asked)), subtracted)]
+        count = int(groups.max()) + 1
+        self.sums.append(np.stack([np.bincount(of_text, _hits(one), count) for one in both]))
+        self.counts.append(np.bincount(of_text, minlength=count).astype(float))
+        self.chosen.append(chosen)
+
+    def record(self) -> dict[str, Any]:
+        """The sum of recalls in percent without and with it, and the interval of the gain."""
+        sums, counts = np.concatenate(self.sums, axis=1), np.concatenate(self.counts)
+
+        def gain(drawn: Places) -> dict[str, float]:
+            without, with_it = 100 * (sums @ drawn) / max(1.0, float(counts @ drawn))
+            return {"without": without, "with": with_it, "gain": with_it - without}
+
+        sizes = [len(one) for one in self.counts]
+        intervals = bootstrap_interval(
+            gain, sizes, resamples=self.settings.resamples, seed=self.settings.seed
+        )
+        found = gain(np.ones(sum(sizes), dtype=np.int64))
+        return found | {"interval": list(intervals["gain"]), "chosen": self.chosen}
+
+
+def _hits(ranks: Places) -> NDArray[np.float64]:
+    return sum((ranks < k).astype(np.float64) for k in (1, 5, 10))  # type: ignore[return-value]
+
+
+# ── libraries ────────────────────────────────────────────────────────────────────────────────────
+
+
+def library_of(dataset: Path, folder: Path, encoder: Encoder) -> Path:
+    """The library of a data set, made if absent."""
+    path = folder / f"{dataset.resolve().name}.lib"
+    if not path.exists():
+        with Library.create(path, encoder) as library:
+            library.index(dataset)
+    return path
+
+
+def ids_of(store: Store, dataset: Path, split: str) -> list[int] | None:
+    """The items of a split; None if the data set has none of that name."""
+    if split not in _splits(dataset):
+        return None
+    pairs, _ = read_pairs(dataset, split=split, embedded=False)
+    wanted = {one.file for one in pairs}
+    return [one.item_id for one in store.items(store.item_ids()) if one.file in wanted]
+
+
+def _splits(dataset: Path) -> set[str]:
+    import json
+
+    lines = (dataset / "captions.jsonl").read_text(encoding="utf-8").splitlines()
+    return {json.loads(line).get("split", "") for line in lines}
+
+
+def random_library(
+    dataset: Path, folder: Path, settings: Settings
+) -> tuple[Library, dict[str, Any]]:
+    """A library of some pictures by an open_clip model whose weights are random."""
+    import shutil
+
+    import open_clip  # type: ignore[import-untyped]
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(settings.seed)
+    weights = folder / "random.safetensors"
+    save_file(open_clip.create_model(settings.random).state_dict(), weights)
+    pictures = folder / "some"
+    pictures.mkdir()
+    for picture in list(list_pictures(dataset))[: settings.random_pictures]:
+        (pictures / picture.file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(picture.path, pictures / picture.file)
+    shutil.copyfile(dataset / "captions.jsonl", pictures / "captions.jsonl")
+    encoder = load_encoder(f"{settings.random}/{weights}")
+    library = Library.create(folder / "random.lib", encoder)
+    library.index(pictures)
+    return library, {"architecture": settings.random, "weights": "random"}
+
+
+# ── what is measured ─────────────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    store: Store, encoder: Encoder, settings: Settings, among: Collection[int] | None = None
+) -> tuple[tuning.Tuning, dict[str, Any]]:
+    """What tuning finds, and its record with that of hubness correction."""
+    before, after = (Hubness(settings, is_tuned=is_tuned) for is_tuned in (False, True))
+
+    def watch(*fold: Any) -> None:
+        before.watch(*fold)
+        after.watch(*fold)
+
+    began = time.process_time()
+    found = tuning.tune(store, lambda: encoder, config_of(settings), among=among, watch=watch)
+    assert found is not None
+    record = {"is_better": found.is_better, "reason": found.reason} | found.record
+    record["cpu_s"] = round(time.process_time() - began, 1)
+    if "before" in record:
+        record["hubness"] = {"untuned": before.record(), "tuned": after.record()}
+    return found, record
+
+
+def untied(store: Store, encoder: Encoder, settings: Settings) -> Head:
+    """The head of a training that nothing tied to texts about something else."""
+    config = replace(config_of(settings), faithful=0.0)
+    pairs = Pairs.of(store, config)
+    folds = tuning.dealt_into_folds(pairs.groups, config.folds, config.seed)
+    general = General.of(encoder.encode_texts([*calibration.background(), *phrases()]), pairs)
+    trained = tuning.train_head(
+        pairs.part(folds != 0), pairs.part(folds == 0), general.half(0), config
+    )
+    assert trained is not None
+    return trained[0]
+
+
+def recalls(pairs: Pairs) -> dict[str, float]:
+    """Of both directions, in percent, with rSum."""
+    found = {
+        f"{direction}_r@{k}": 100 * float((some < k).mean())
+        for direction, some in zip(("t2i", "i2t"), tuning.both_ranks(pairs), strict=True)
+        for k in (1, 5, 10)
+    }
+    return found | {"rsum": sum(found.values())}
+
+
+def move(path: Path, head: Head, encoder: Encoder, settings: Settings) -> dict[str, Any]:
+    """Carries a library over to a head's space and back: seconds, files opened, equal answers."""
+    opened: list[str] = []
+    is_watching = False
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if is_watching and event == "open" and str(arguments[0]).startswith(folders):
+            opened.append(str(arguments[0]))
+
+    with Library.open(path, encoder) as library, Store.open(path) as store:
+        base = store.model
+        folders = tuple(str(root) for _, root in store.roots())
+        sys.addaudithook(hook)
+        with store.snapshot() as rows:
+            ids = rows.caption_ids(rows.item_ids()[: settings.queries])
+        texts = [caption.text for _, caption in store.captions(ids[: settings.queries])]
+        before = _answers(library, texts)
+        packed = head.pack()
+        model = ModelSpec(f"{base.name}+tuned", base.dim, fingerprint(base.fingerprint, packed))
+        is_watching = True
+        times = [time.perf_counter()]
+        with store.writer() as writer:
+            writer.adopt(model, packed, {})
+            times.append(time.perf_counter())
+            writer.finish()
+        times.append(time.perf_counter())
+        is_watching = False
+    with Library.open(path, encoder) as library:
+        during = _answers(library, texts)
+        assert library.model == model
+        times.append(time.perf_counter())
+        library.untune()
+        times.append(time.perf_counter())
+        after = _answers(library, texts)
+        info = library.info()
+    return {
+        "pictures": info["items"],
+        "captions": info["captions"],
+        "carried_s": round(times[1] - times[0], 2),
+        "files_s": round(times[2] - times[1], 2),
+        "undo_s": round(times[4] - times[3], 2),
+        "pictures_opened": len(opened),
+        "answers": len(before),
+        "answers_changed": sum(one != other for one, other in zip(before, during, strict=True)),
+        "answers_equal_after_undo": before == after,
+    }
+
+
+def _answers(library: Library, texts: Sequence[str]) -> list[list[tuple[int, float]]]:
+    return [
+        [(hit.item_id, hit.score) for hit in library.search(text, mode="image")] for text in texts
+    ]
+
+
+# ── tables ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def recall_rows(name: str, record: Mapping[str, Any]) -> list[list[str]]:
+    """Three lines: before, after, and the gain with its interval."""
+    rows = []
+    for when in ("before", "after"):
+        one = record[when]
+        spaces = ("alignment", "uniformity_pictures", "uniformity_texts", "modality_gap")
+        rows.append(
+            [
+                f"{name}, {when}",
+                *(_half(one, recall) for recall in (*RECALLS, "rsum")),
+                *(f"{one[space]:.3f}" for space in spaces),
+            ]
+        )
+    gain = record["gain"]
+    spans = [
+        "{:+.1f} [{:+.1f}, {:+.1f}]".format(gain[recall], *gain["intervals"][recall])
+        for recall in (*RECALLS, "rsum")
+    ]
+    told = "adopted" if record["is_better"] else "refused"
+    return [*rows, [f"{name}, gain: {told}", *spans, "", "", "", ""]]
+
+
+def _half(record: Mapping[str, Any], name: str) -> str:
+    low, high = record["intervals"][name]
+    return f"{record[name]:.1f} ± {(high - low) / 2:.1f}"
+
+
+def tables_of(numbers: Mapping[str, Any]) -> str:
+    """All that was measured."""
+    names = [name.replace("_r@", " R@") for name in RECALLS]
+    header = ["held-out pairs", *names, "rSum", "alignment", "uniform, pictures"]
+    header += ["uniform, texts", "gap"]
+    told = {name: one for name, one in numbers["tuned"].items() if "before" in one}
+    parts = [
+        format_table(header, [row for name, one in told.items() for row in recall_rows(name, one)]),
+        "Percent; 95 % intervals of groups of pictures that share captions or look the same. "
+        + "; ".join(
+            f"{name}: {one['pictures']:,} pictures in {one['groups']:,} groups,"
+            f" {one['cpu_s']:.0f} s of CPU"
+            for name, one in numbers["tuned"].items()
+        )
+        + ".",
+    ]
+    if numbers["elsewhere"]:
+        rows = [
+            [f"{name}, {how}", *(f"{one[recall]:.1f}" for recall in (*RECALLS, "rsum"))]
+            for name, several in numbers["elsewhere"].items()
+            for how, one in several.items()
+        ]
+        parts.append(f"What the head of {next(iter(told))} does to pictures of another kind:")
+        parts.append(format_table(["test split", *names, "rSum"], rows))
+    rows = [
+        [
+            f"{name}, {how}",
+            f"{one['without']:.1f}",
+            f"{one['with']:.1f}",
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(one["gain"], *one["interval"]),
+        ]
+        for name, record in told.items()
+        for how, one in record["hubness"].items()
+    ]
+    parts.append("Hubness correction: sum of t2i R@1, R@5 and R@10 of held-out captions.")
+    parts.append(format_table(["space", "without", "with", "gain"], rows))
+    if moved := numbers.get("moved"):
+        parts.append(
+            f"{moved['pictures']:,} pictures and {moved['captions']:,} captions were carried over"
+            f" in {moved['carried_s']:.1f} s, their FAISS files written in {moved['files_s']:.1f}"
+            f" s; pictures opened: {moved['pictures_opened']}. Undone in {moved['undo_s']:.1f} s;"
+            f" of {moved['answers']} answers {moved['answers_changed']} had changed, and after that"
+            f" {'all are' if moved['answers_equal_after_undo'] else 'NOT all are'} as before."
+        )
+    return "\n\n".join(parts)
+
+
+Folder = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("datasets", nargs=-1, required=True, type=Folder)
+@click.option(
+    "--foreign", "foreigns", multiple=True, type=Folder, help="Asked with the first head."
+)
+@click.option("--libraries", type=Folder, help="Where libraries are made, or were.")
+@click.option("--model", default=DEFAULTS.model, show_default=True)
+@click.option("--random-pictures", default=DEFAULTS.random_pictures, show_default=True)
+@click.option("--epochs", default=DEFAULTS.epochs, show_default=True, help="At most.")
+@click.option("--seed", default=DEFAULTS.seed, show_default=True)
+@out_option
+def main(
+    datasets: tuple[Path, ...],
+    foreigns: tuple[Path, ...],
+    libraries: Path | None,
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Tune libraries of DATASETS, folders of captioned pictures, and measure what that brings."""
+    settings = Settings(**options)
+    for one in {*datasets, *foreigns}:
+        if not one.is_dir():
+            click.echo(f"skipped: {one} is not here", err=True)
+    there = [one for one in datasets if one.is_dir()]
+    if not there:
+        return
+    started = time.perf_counter()
+    numbers: dict[str, Any] = {"tuned": {}, "elsewhere": {}}
+    encoder = load_encoder(settings.model)
+    with tempfile.TemporaryDirectory(prefix="tuning-") as home:
+        folder = libraries or Path(home)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [library_of(dataset, folder, encoder) for dataset in there]
+        heads: list[Head | None] = []
+        for dataset, path in zip(there, paths, strict=True):
+            with Store.open(path) as store:
+                among = ids_of(store, dataset, "val")
+                name = dataset.resolve().name + (" val" if among is not None else "")
+                found, record = measure(store, encoder, settings, among)
+                numbers["tuned"][name] = record
+                heads.append(found.head)
+            click.echo(f"{name}: {found.reason}", err=True)
+        if heads[0] is not None:
+            with Store.open(paths[0]) as store:
+                hows = {
+                    "tuned": heads[0],
+                    "tuned, tied to nothing": untied(store, encoder, settings),
+                }
+            for foreign in [one for one in foreigns if one.is_dir()]:
+                with Store.open(library_of(foreign, folder, encoder)) as store:
+                    pairs = Pairs.of(store, config_of(settings), ids_of(store, foreign, "test"))
+                numbers["elsewhere"][foreign.resolve().name] = {"untuned": recalls(pairs)} | {
+                    how: recalls(pairs.carried(head)) for how, head in hows.items()
+                }
+            largest = max(paths, key=lambda path: path.joinpath("catalogue.sqlite").stat().st_size)
+            numbers["moved"] = move(largest, heads[0], encoder, settings)
+        if settings.random_pictures:
+            library, told = random_library(there[-1], Path(home), settings)
+            with library, Store.open(library.path) as store:
+                _, record = measure(store, library.encoder, settings)
+            numbers["tuned"][f"{settings.random}, random weights"] = record | told
+            click.echo(f"random weights: {record['reason']}", err=True)
+    printed = tables_of(numbers)
+    click.echo(printed)
+    write_report(
+        out,
+        "tuning",
+        settings=settings,
+        data={"name": ", ".join(dataset.resolve().name for dataset in there)},
+        numbers=numbers,
+        printed=printed,
+        seconds=time.perf_counter() - started,
+        packages=("torch",),
+    )
+
+
+if __name__ == "__main__":
+    main()
