@@ -428,8 +428,8 @@ def neighbours_of(images: Rows, texts: Rows, owners: NDArray[np.int64], depth: i
 
 def fusion(bench: Bench, name: str, kind: str) -> list[Row]:
     """A classifier that ranks again what the dual encoder found."""
-    from baselines.fit import parameters_of
-    from baselines.fusion import FusionConfig, describe, fit_matcher
+    from baselines.fit import FitConfig, PooledSource, fit_embeddings, parameters_of
+    from baselines.fusion import CosineMatcher, FusionConfig, fit_matcher
     from baselines.reranking import Shortlist, rerank
 
     settings = bench.settings
@@ -437,43 +437,42 @@ def fusion(bench: Bench, name: str, kind: str) -> list[Row]:
     features = bench.own_features if is_own else bench.features
     torch.manual_seed(settings.seed)
     matcher = matcher_of(kind.removesuffix("-own"), features["train"])
+    config: FusionConfig | FitConfig
     config = FusionConfig(epochs=settings.fusion_epochs, seed=settings.seed)
     near = neighbours_of(*bench.embeddings("train"), bench.owners("train"), config.depth)
     val = bench.embeddings("val")
     few = Shortlist.of(
         *val, bench.owners("val"), top=settings.top, captions=1, pictures=len(val[0]) // 3
     )
+
+    def say(line: str) -> None:
+        bench.say(f"{name}: {line}")
+
     began, cpu = time.perf_counter(), time.process_time()
-    log = fit_matcher(
-        matcher,
-        features["train"],
-        near,
-        (features["val"], few),
-        config,
-        lambda line: bench.say(f"{name}: {line}"),
-    )
+    if isinstance(matcher, CosineMatcher):
+        config = FitConfig(epochs=settings.epochs, seed=settings.seed)
+        sources = (PooledSource.of(features[split]) for split in ("train", "val"))
+        log = fit_embeddings(matcher, *sources, config, say)
+    else:
+        log = fit_matcher(matcher, features["train"], near, (features["val"], few), config, say)
     spent = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
     whole = Shortlist.of(*val, bench.owners("val"), top=settings.top)
     weight = rerank(whole, matcher, features["val"]).best().weight
     test = Shortlist.of(*bench.embeddings("test"), bench.owners("test"), top=settings.top)
     found = rerank(test, matcher, features["test"])
     trained = parameters_of(matcher)
-    stored = features["train"].regions[0].size if matcher.needs_regions else widths_of(
-        features["train"]
-    )[0]  # fmt: skip
     common = {
         "pixels": bench.towers.model.config["image"]["size"],
         "parameters": trained + bench.towers.parameters,
         "trained": trained,
         **spent,
         "log": log,
-        "config": describe(config),
+        "config": asdict(config),
         "query_ms": 1000 * found.seconds_per_query,
         "picture_ms": milliseconds_a_picture(bench),
-        "stored_bytes": 2 * stored,
+        "stored_bytes": found.stored_bytes,
     }
-    what = {"cross-attention": "cross-attention"}.get(kind.removesuffix("-own"), kind)
-    what += " of its own regions and tokens" if is_own else ""
+    what = FUSIONS.get(kind, kind)
     title = f"{bench.encoder.name}, top {settings.top} ranked again by {what}"
     return [
         {"system": title, "weight": weight} | common | bench.measured(found.at(weight).ranks()),
@@ -483,11 +482,19 @@ def fusion(bench: Bench, name: str, kind: str) -> list[Row]:
     ]
 
 
+FUSIONS = {
+    "cosine": "a second dual encoder, on frozen towers",
+    "cross-attention-own": "cross-attention over its own regions and tokens",
+}
+
+
 def matcher_of(kind: str, features: "Features") -> "Matcher":
     """An untrained classifier."""
-    from baselines.fusion import CrossAttentionMatcher, PooledMatcher
+    from baselines.fusion import CosineMatcher, CrossAttentionMatcher, PooledMatcher
 
     image, text = widths_of(features)
+    if kind == "cosine":
+        return CosineMatcher((image, text), 384, "clip")
     if kind == "cross-attention":
         return CrossAttentionMatcher((features.regions.shape[2], text, image))
     return PooledMatcher((image, text), kind)
@@ -576,6 +583,7 @@ SYSTEMS: dict[str, System] = {
     "variational": variational,
     "frozen": frozen_towers,
     "mini": shipped,
+    "fusion-cosine": lambda bench, name: fusion(bench, name, "cosine"),
     "fusion-concatenation": lambda bench, name: fusion(bench, name, "concatenation"),
     "fusion-sum": lambda bench, name: fusion(bench, name, "sum"),
     "fusion-product": lambda bench, name: fusion(bench, name, "product"),

@@ -10,18 +10,20 @@ al. 2018 (SCAN), arXiv:1803.08024; Diao et al. 2021 (SGRAF), arXiv:2101.01368).
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from baselines.features import Features, Rows, autocast
 from baselines.fit import draw_captions, lr_factor, optimiser_of
+from baselines.heads import Heads
 from baselines.reranking import Shortlist, rerank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 POOLED = ("concatenation", "sum", "product")
+Encoded = tuple[Tensor, ...]
 _HARDEST = 3  # negatives of each row and column that the loss looks at
 
 
@@ -33,8 +35,8 @@ class FusionConfig:
     batch_size: int = 32  # pictures, each with one caption; all pairs are compared
     neighbours: int = 8  # of a batch, pictures that the dual encoder confuses with each other
     depth: int = 50  # of each picture's neighbours that are drawn from
-    listwise: float = 0.0  # weight of the softmax over each row and column, beside the classifier's
-    lr: float = 5e-4
+    listwise: float = 1.0  # weight of the softmax over each row and column, beside the classifier's
+    lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1
     seed: int = 0
@@ -48,8 +50,6 @@ class PooledMatcher(nn.Module):
         fusion: one of `POOLED`.
     """
 
-    needs_regions = False
-
     def __init__(self, features: tuple[int, int], fusion: str, width: int = 512) -> None:
         super().__init__()
         self.fusion = fusion
@@ -62,12 +62,20 @@ class PooledMatcher(nn.Module):
             nn.LayerNorm(fused), nn.Linear(fused, width // 2), nn.GELU(), nn.Linear(width // 2, 1)
         )
 
-    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
-        """(b, f) and (c, g) features → (b, c) logits."""
-        seen, read = self.image(images)[:, None], self.text(texts)[None]
+    def encode_images(self, images: Tensor) -> Encoded:
+        """(b, f) features, as they are kept for `compare`."""
+        return (self.image(images),)
+
+    def encode_texts(self, texts: Tensor) -> Encoded:
+        """The same of (c, g) features."""
+        return (self.text(texts),)
+
+    def compare(self, images: Encoded, texts: Encoded) -> Tensor:
+        """(b, c) logits."""
+        seen, read = images[0][:, None], texts[0][None]
         match self.fusion:
             case "concatenation":
-                shape = len(images), len(texts), -1
+                shape = len(seen), read.shape[1], -1
                 fused = torch.cat([seen.expand(shape), read.expand(shape)], dim=2)
             case "sum":
                 fused = seen + read
@@ -77,11 +85,11 @@ class PooledMatcher(nn.Module):
         return logits
 
     def images_of(self, features: Features, rows: Rows) -> Tensor:
-        """What `forward` takes of some pictures."""
+        """What `encode_images` takes of some pictures."""
         return features.images[torch.from_numpy(rows)]
 
     def texts_of(self, features: Features, rows: Rows) -> Tensor:
-        """What `forward` takes of some captions."""
+        """What `encode_texts` takes of some captions."""
         return features.texts[torch.from_numpy(rows)]
 
 
@@ -94,9 +102,7 @@ class CrossAttentionMatcher(nn.Module):
         relation: numbers that a comparison comes down to.
     """
 
-    needs_regions = True
-
-    def __init__(self, widths: tuple[int, int, int], width: int = 256, relation: int = 64) -> None:
+    def __init__(self, widths: tuple[int, int, int], width: int = 128, relation: int = 32) -> None:
         super().__init__()
         region, token, image = widths
         self.region, self.token, self.image, self.text = (
@@ -111,42 +117,58 @@ class CrossAttentionMatcher(nn.Module):
             nn.Linear(relation, 1),
         )  # fmt: skip
 
-    def forward(
-        self, images: tuple[Tensor, Tensor], texts: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        """Of b pictures and c captions the (b, c) logits.
+    def encode_images(self, images: tuple[Tensor, Tensor]) -> Encoded:
+        """(b, r, p) regions and (b, f) pooled features, as they are kept for `compare`."""
+        regions, pooled = images
+        return F.normalize(self.region(regions), dim=2), F.normalize(self.image(pooled), dim=1)
 
-        Args:
-            images: (b, r, p) regions and (b, f) pooled features.
-            texts: (c, t, g) tokens, their (c, t) mask, and (c, g) pooled features.
-        """
-        regions = F.normalize(self.region(images[0]), dim=2)
-        tokens = F.normalize(self.token(texts[0]), dim=2)
+    def encode_texts(self, texts: tuple[Tensor, Tensor, Tensor]) -> Encoded:
+        """The same of (c, t, g) tokens, their (c, t) mask, and (c, g) pooled features."""
+        tokens, mask, pooled = texts
+        return F.normalize(self.token(tokens), dim=2), mask, F.normalize(self.text(pooled), dim=1)
+
+    def compare(self, images: Encoded, texts: Encoded) -> Tensor:
+        """(b, c) logits."""
+        (regions, seen), (tokens, mask, read) = images, texts
         b, (c, t, width) = len(regions), tokens.shape
         cosines = torch.einsum("ctw,brw->bctr", tokens, regions)
         looked = (self.sharpness.exp() * cosines).softmax(dim=3).to(regions.dtype)
         found = torch.bmm(looked.reshape(b, c * t, -1), regions).view(b, c, t, width)
         compared = self.local(F.normalize(found, dim=3) * tokens * math.sqrt(width))
-        counts = self.gate(compared).squeeze(3).float().masked_fill(~texts[1], -1e4).softmax(dim=2)
+        counts = self.gate(compared).squeeze(3).float().masked_fill(~mask, -1e4).softmax(dim=2)
         local = (counts[..., None] * compared).sum(dim=2)
-        seen, read = (
-            F.normalize(self.image(images[1]), dim=1),
-            F.normalize(self.text(texts[2]), dim=1),
-        )
         whole = self.whole(seen[:, None] * read * math.sqrt(width))
         logits: Tensor = self.judge(torch.cat([local, whole.to(local.dtype)], dim=2)).squeeze(2)
         return logits
 
     def images_of(self, features: Features, rows: Rows) -> tuple[Tensor, Tensor]:
-        """What `forward` takes of some pictures."""
+        """What `encode_images` takes of some pictures."""
         return features.regions_of(rows), features.images[torch.from_numpy(rows)]
 
     def texts_of(self, features: Features, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """What `forward` takes of some captions."""
+        """What `encode_texts` takes of some captions."""
         return *features.tokens_of(rows), features.texts[torch.from_numpy(rows)]
 
 
-Matcher = PooledMatcher | CrossAttentionMatcher
+class CosineMatcher(Heads):
+    """No fusion at all: a second dual encoder, to tell what fusion adds from what two models do."""
+
+    def encode_images(self, images: Tensor) -> Encoded:
+        """(b, f) features, as they are kept for `compare`."""
+        return (self.embed_images(images),)
+
+    def encode_texts(self, texts: Tensor) -> Encoded:
+        """The same of (c, g) features."""
+        return (self.embed_texts(texts),)
+
+    def compare(self, images: Encoded, texts: Encoded) -> Tensor:
+        """(b, c) cosines."""
+        return images[0] @ texts[0].T
+
+    images_of, texts_of = PooledMatcher.images_of, PooledMatcher.texts_of
+
+
+Matcher = PooledMatcher | CrossAttentionMatcher | CosineMatcher
 
 
 def match_loss(logits: Tensor, listwise: float) -> Tensor:
@@ -234,9 +256,9 @@ def fit_matcher(
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * lr_factor(done, total, config.warmup)
             with autocast():
-                logits = matcher(
-                    matcher.images_of(train, rows), matcher.texts_of(train, drawn[rows])
-                )
+                images = matcher.encode_images(matcher.images_of(train, rows))
+                texts = matcher.encode_texts(matcher.texts_of(train, drawn[rows]))
+                logits = matcher.compare(images, texts)
             loss = match_loss(logits, config.listwise)
             optimiser.zero_grad()
             loss.backward()
@@ -260,8 +282,3 @@ def fit_matcher(
     matcher.load_state_dict(best)
     matcher.eval()
     return log
-
-
-def describe(config: FusionConfig) -> dict[str, Any]:
-    """The settings as JSON holds them."""
-    return asdict(config)
