@@ -17,6 +17,8 @@ library is carried over to the first head's space and back, and its answers are 
 Libraries are made where --libraries says, once. Data sets that are not there are left out.
 """
 
+import json
+import shutil
 import sys
 import tempfile
 import time
@@ -162,8 +164,6 @@ def ids_of(store: Store, dataset: Path, split: str) -> list[int] | None:
 
 
 def _splits(dataset: Path) -> set[str]:
-    import json
-
     lines = (dataset / "captions.jsonl").read_text(encoding="utf-8").splitlines()
     return {json.loads(line).get("split", "") for line in lines}
 
@@ -172,22 +172,28 @@ def random_library(
     dataset: Path, folder: Path, settings: Settings
 ) -> tuple[Library, dict[str, Any]]:
     """A library of some pictures by an open_clip model whose weights are random."""
-    import shutil
-
     import open_clip  # type: ignore[import-untyped]
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(settings.seed)
-    weights = folder / "random.safetensors"
-    save_file(open_clip.create_model(settings.random).state_dict(), weights)
+    made = open_clip.create_model(settings.random)
+    place = folder / settings.random
+    place.mkdir()
+    described = {
+        "model_cfg": open_clip.get_model_config(settings.random),
+        "preprocess_cfg": made.visual.preprocess_cfg,
+    }
+    (place / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
+    weights = {name: one.clone() for name, one in made.state_dict().items()}
+    save_file(weights, place / "open_clip_model.safetensors")
     pictures = folder / "some"
     pictures.mkdir()
     for picture in list(list_pictures(dataset))[: settings.random_pictures]:
         (pictures / picture.file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(picture.path, pictures / picture.file)
     shutil.copyfile(dataset / "captions.jsonl", pictures / "captions.jsonl")
-    encoder = load_encoder(f"{settings.random}/{weights}")
+    encoder = load_encoder(str(place))
     library = Library.create(folder / "random.lib", encoder)
     library.index(pictures)
     return library, {"architecture": settings.random, "weights": "random"}
@@ -381,6 +387,8 @@ Folder = click.Path(path_type=Path)
 @click.option("--libraries", type=Folder, help="Where libraries are made, or were.")
 @click.option("--model", default=DEFAULTS.model, show_default=True)
 @click.option("--random-pictures", default=DEFAULTS.random_pictures, show_default=True)
+@click.option("--queries", default=DEFAULTS.queries, show_default=True, help="Compared.")
+@click.option("--resamples", default=DEFAULTS.resamples, show_default=True, help="Of a bootstrap.")
 @click.option("--epochs", default=DEFAULTS.epochs, show_default=True, help="At most.")
 @click.option("--seed", default=DEFAULTS.seed, show_default=True)
 @out_option
@@ -405,6 +413,13 @@ def main(
     with tempfile.TemporaryDirectory(prefix="tuning-") as home:
         folder = libraries or Path(home)
         folder.mkdir(parents=True, exist_ok=True)
+        of_nothing: dict[str, Any] = {}
+        if settings.random_pictures:
+            library, told = random_library(there[-1], Path(home), settings)
+            with library, Store.open(library.path) as store:
+                _, record = measure(store, library.encoder, settings)
+            of_nothing[f"{settings.random}, random weights"] = record | told
+            click.echo(f"random weights: {record['reason']}", err=True)
         paths = [library_of(dataset, folder, encoder) for dataset in there]
         heads: list[Head | None] = []
         for dataset, path in zip(there, paths, strict=True):
@@ -415,6 +430,7 @@ def main(
                 numbers["tuned"][name] = record
                 heads.append(found.head)
             click.echo(f"{name}: {found.reason}", err=True)
+        numbers["tuned"] |= of_nothing
         if heads[0] is not None:
             with Store.open(paths[0]) as store:
                 hows = {
@@ -429,12 +445,6 @@ def main(
                 }
             largest = max(paths, key=lambda path: path.joinpath("catalogue.sqlite").stat().st_size)
             numbers["moved"] = move(largest, heads[0], encoder, settings)
-        if settings.random_pictures:
-            library, told = random_library(there[-1], Path(home), settings)
-            with library, Store.open(library.path) as store:
-                _, record = measure(store, library.encoder, settings)
-            numbers["tuned"][f"{settings.random}, random weights"] = record | told
-            click.echo(f"random weights: {record['reason']}", err=True)
     printed = tables_of(numbers)
     click.echo(printed)
     write_report(

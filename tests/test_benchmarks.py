@@ -461,7 +461,8 @@ def test_answers_without_the_data_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_tuning(tmp_path: Path, coloured: Path) -> None:
-    options = ("--foreign", coloured, "--libraries", tmp_path / "libraries", "--epochs", 2)
+    few = ("--epochs", 1, "--queries", 5, "--resamples", 50)
+    options = ("--foreign", coloured, "--libraries", tmp_path / "libraries", *few)
     # A model with random weights takes seconds to make.
     record = run_benchmark("tuning", coloured, *options, "--random-pictures", 0, folder=tmp_path)
     numbers = record["numbers"]
