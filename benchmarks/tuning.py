@@ -303,8 +303,9 @@ def _answers(library: Library, texts: Sequence[str]) -> list[list[tuple[int, flo
 
 
 def recall_rows(name: str, record: Mapping[str, Any]) -> list[list[str]]:
-    """Three lines: before, after, and the gain with its interval."""
-    rows = []
+    """Four lines: guessing, before, after, and the gain with its interval."""
+    guessing = [f"{record['chance'][recall]:.1f}" for recall in (*RECALLS, "rsum")]
+    rows = [[f"{name}, guessing", *guessing, "", "", "", ""]]
     for when in ("before", "after"):
         one = record[when]
         spaces = ("alignment", "uniformity_pictures", "uniformity_texts", "modality_gap")
@@ -415,7 +416,7 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         of_nothing: dict[str, Any] = {}
         if settings.random_pictures:
-            library, told = random_library(there[-1], Path(home), settings)
+            library, told = random_library(there[0], Path(home), settings)
             with library, Store.open(library.path) as store:
                 _, record = measure(store, library.encoder, settings)
             of_nothing[f"{settings.random}, random weights"] = record | told

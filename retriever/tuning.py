@@ -16,7 +16,8 @@ other direction every text stands once among the candidates.
 
 A head is adopted only if rSum on held-out pairs gains more than chance explains: the lower end of a
 95 % interval of the difference, drawn by groups of pictures that were dealt together, is above 0.
-It must also leave alone what the library is not about: see `Guard`.
+The model must have known something of the pictures before, more than guessing does; and what the
+library is not about must be left alone: see `General`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ BLOCK = 256  # queries scored at a time
 INITIAL = 3.0  # standard deviation of a new head's first matrix, times the root of its dimension
 ANCHORS = 128  # of what should stay where it is, in a step of training
 UNIFORM_ROWS = 2000  # of which uniformity is measured: it compares each with each
+WHENS = ("before", "after", "chance")
 RECALLS = tuple(f"{direction}_r@{k}" for direction in ("t2i", "i2t") for k in metrics.KS)
 
 
@@ -300,9 +302,9 @@ def rsum(pairs: Pairs) -> float:
 
 @dataclass(slots=True, eq=False)
 class Tally:
-    """Right answers to held-out queries, group by group, before and after.
+    """Right answers to held-out queries, group by group, before, after and by guessing.
 
-    hits: by name of the recall, (2, g) of each fold. counts: by direction, (g,) queries.
+    hits: by name of the recall, (3, g) of each fold. counts: by direction, (g,) queries.
     """
 
     hits: dict[str, list[NDArray[np.float64]]] = field(
@@ -331,7 +333,13 @@ class Tally:
             for k in metrics.KS:
                 self.hits[f"{direction}_r@{k}"].append(
                     np.stack(
-                        [np.bincount(several, some < k, len(numbers)) for some in found[direction]]
+                        [
+                            *(
+                                np.bincount(several, some < k, len(numbers))
+                                for some in found[direction]
+                            ),
+                            np.bincount(several, guessed(before, direction, k), len(numbers)),
+                        ]
                     )
                 )
         both = [_space(before), _space(after)]
@@ -349,11 +357,12 @@ class Tally:
             found: dict[str, float] = {}
             for name, several in hits.items():
                 shares = 100 * (several @ drawn) / max(1.0, float(counts[name[:3]] @ drawn))
-                found[f"before {name}"], found[f"after {name}"] = shares.tolist()
-            for when in ("before", "after"):
+                found |= {f"{when} {name}": one for when, one in zip(WHENS, shares, strict=True)}
+            for when in WHENS:
                 found[f"{when} rsum"] = sum(found[f"{when} {name}"] for name in RECALLS)
             for name in (*RECALLS, "rsum"):
                 found[f"gain {name}"] = found[f"after {name}"] - found[f"before {name}"]
+            found["known rsum"] = found["before rsum"] - found["chance rsum"]
             return found
 
         found = recalls(np.ones(sum(sizes), dtype=np.int64))
@@ -365,11 +374,24 @@ class Tally:
                 name: [round(one, 2) for one in intervals[f"{when} {name}"]]
                 for name in (*RECALLS, "rsum")
             }
+        record["chance"] = {
+            name: round(found[f"chance {name}"], 2) for name in (*RECALLS, "rsum")
+        } | {"below_rsum_by": [round(one, 2) for one in intervals["known rsum"]]}
         total = sum(size for size, _ in self.spaces)
         for name in self.spaces[0][1]:
             means = sum(size * values[name] for size, values in self.spaces) / total
             record["before"][name], record["after"][name] = np.round(means, 4).tolist()
         return record
+
+
+def guessed(pairs: Pairs, direction: str, k: int) -> NDArray[np.float64]:
+    """(q,) the chance that one of k answers drawn blindly to each query is right."""
+    asked, total = (1, len(pairs)) if direction == "t2i" else (0, len(pairs.texts))
+    right = np.bincount(pairs.edges[:, asked])
+    missed = np.ones(len(right))
+    for drawn in range(min(k, total)):
+        missed *= np.maximum(total - right - drawn, 0) / (total - drawn)
+    return 1 - missed
 
 
 def _space(pairs: Pairs) -> dict[str, float]:
@@ -719,6 +741,11 @@ def _verdict(record: Mapping[str, Any]) -> tuple[bool, str]:
     told = f"held-out rSum changes by {gain:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
     if low <= 0 or not record["epochs"][-1]:
         return False, f"{told}: no more than chance explains"
+    if record["chance"]["below_rsum_by"][0] <= 0:
+        return False, (
+            f"{told}, but the model itself finds no more than guessing would: what it was trained"
+            " for is not this, and a head cannot stand in for it"
+        )
     kept = record["general"]
     if min(kept["texts"], kept["pictures"]) < LEAST_KEPT:
         return False, (

@@ -320,6 +320,16 @@ def test_recalls_count_a_shared_caption_once_and_any_of_its_pictures():
     assert record["gain"]["intervals"]["rsum"] == [0, 0]
 
 
+def test_guessing_is_worked_out_by_hand():
+    pairs = pairs_of(range(4), [[0, 1], [2], [2], [3, 4, 5]])
+    # One picture of four is right for each text but the third, for which two are.
+    expected = [0.25, 0.25, 0.5, 0.25, 0.25, 0.25]
+    assert tuning.guessed(pairs, "t2i", 1) == pytest.approx(np.array(expected))
+    assert tuning.guessed(pairs, "t2i", 2)[2] == pytest.approx(1 - 1 / 6)
+    assert tuning.guessed(pairs, "i2t", 1) == pytest.approx(np.array([2, 1, 1, 3]) / 6)
+    assert tuning.guessed(pairs, "i2t", 10).tolist() == [1, 1, 1, 1]
+
+
 # When a head is adopted
 
 
@@ -389,12 +399,17 @@ def test_a_head_that_spoils_what_the_library_is_not_about_is_refused():
     record = {
         "gain": {"rsum": 50.0, "intervals": {"rsum": [40.0, 60.0]}},
         "epochs": [5] * 6,
+        "chance": {"below_rsum_by": [3.0, 9.0]},
         "general": {"texts": 0.99, "pictures": 0.5, "cosine": 0.9},
     }
     is_better, reason = tuning._verdict(record)
     assert not is_better
     assert "found worse" in reason
-    assert tuning._verdict(record | {"general": {"texts": 0.99, "pictures": 0.98}})[0]
+    spared = record | {"general": {"texts": 0.99, "pictures": 0.98}}
+    assert tuning._verdict(spared)[0]
+    is_better, reason = tuning._verdict(spared | {"chance": {"below_rsum_by": [-2.0, 9.0]}})
+    assert not is_better
+    assert "no more than guessing" in reason
 
 
 def test_neighbourhoods_are_kept_by_the_identity_and_lost_where_all_texts_become_alike():
