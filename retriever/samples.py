@@ -65,21 +65,25 @@ def split_pairs(datasets: Sequence[Path], seed: int) -> tuple[list[Pair], list[P
     return train, held_out
 
 
-def augment(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+def augment(
+    pixels: NDArray[np.uint8], rng: np.random.Generator, size: int | None = None
+) -> NDArray[np.uint8]:
     """A random crop of at least half the area, mirrored half the time, colours slightly changed.
 
     Args:
         pixels: (s, s, 3) RGB.
         rng: the source of all chance.
+        size: of the sides of what is made; None is s.
     """
     side = pixels.shape[0]
+    size = size or side
     area = rng.uniform(0.5, 1.0)
     ratio = math.exp(rng.uniform(-0.25, 0.25))
     width = min(math.sqrt(area * ratio), 1.0) * side
     height = min(math.sqrt(area / ratio), 1.0) * side
     left, top = rng.uniform(0, side - width), rng.uniform(0, side - height)
     image = Image.fromarray(pixels).resize(
-        (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
     )
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -262,12 +266,18 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, indices: NDArray[np.int64], seed: Sequence[int] | None) -> Tensor:
-        """(b, s, s, 3) uint8; with a seed, each picture augmented in its own reproducible way."""
+    def batch(
+        self, indices: NDArray[np.int64], seed: Sequence[int] | None, size: int | None = None
+    ) -> Tensor:
+        """(b, s, s, 3) uint8; with a seed, each picture augmented in its own reproducible way.
+
+        Augmented pictures have sides of `size`, if that is given.
+        """
         pixels = self.pixels[self.rows[indices]]
         if seed is not None:
             rngs = [np.random.default_rng((*seed, int(i))) for i in indices]
-            pixels = np.stack([augment(view, rng) for view, rng in zip(pixels, rngs, strict=True)])
+            views = [augment(one, rng, size) for one, rng in zip(pixels, rngs, strict=True)]
+            pixels = np.stack(views)
         return torch.from_numpy(pixels)
 
 

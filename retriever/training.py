@@ -390,7 +390,8 @@ class _Run:
                 chunks = self._chunks(len(rows))
                 for chunk in chunks if len(chunks) == 1 else chunks * 2:
                     seed = (self.config.seed, epoch)
-                    ahead.append(pool.submit(self.pictures.batch, rows[chunk], seed))
+                    size = self.config.train_size
+                    ahead.append(pool.submit(self.pictures.batch, rows[chunk], seed, size))
                     if len(ahead) > 2:
                         yield ahead.popleft().result()
             while ahead:

@@ -487,6 +487,18 @@ def test_augmentation_keeps_the_shape_and_follows_the_seed():
     assert not np.array_equal(views[0], views[2])
 
 
+def test_augmented_pictures_may_be_smaller_than_those_that_are_measured(colours, tmp_path):
+    run = noisy_run(colours, tmp_path, train_size=24)
+    [(rows, drawn)] = run._batches(0)
+    assert next(iter(run._pixels([(rows, drawn)], 0))).shape[1:] == (24, 24, 3)
+    assert run.held_pictures.batch(np.array([0]), None).shape[1:] == (32, 32, 3)
+    # The same crop: a smaller picture of the same colours.
+    pixels = np.asarray(run.pictures.batch(rows[:1], None)[0])
+    small, large = (augment(pixels, np.random.default_rng(3), size) for size in (8, None))
+    assert large.shape == (32, 32, 3)
+    np.testing.assert_allclose(small.mean(axis=(0, 1)), large.mean(axis=(0, 1)), atol=3)
+
+
 def test_a_folder_that_is_no_checkpoint_is_a_clear_error(tmp_path):
     with pytest.raises(EncoderError, match="not a checkpoint that can be loaded"):
         load_checkpoint(tmp_path)
