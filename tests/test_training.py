@@ -489,8 +489,8 @@ def test_augmentation_keeps_the_shape_and_follows_the_seed():
 
 def test_augmented_pictures_may_be_smaller_than_those_that_are_measured(colours, tmp_path):
     run = noisy_run(colours, tmp_path, train_size=24)
-    [(rows, drawn)] = run._batches(0)
-    assert next(iter(run._pixels([(rows, drawn)], 0))).shape[1:] == (24, 24, 3)
+    [(rows, _), *_] = batches = run._batches(0)
+    assert {views.shape[1:] for views in run._pixels(batches, 0)} == {(24, 24, 3)}
     assert run.held_pictures.batch(np.array([0]), None).shape[1:] == (32, 32, 3)
     # The same crop: a smaller picture of the same colours.
     pixels = np.asarray(run.pictures.batch(rows[:1], None)[0])
