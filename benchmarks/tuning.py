@@ -264,14 +264,14 @@ def move(path: Path, head: Head, encoder: Encoder, settings: Settings) -> dict[s
         before = _answers(library, texts)
         packed = head.pack()
         model = ModelSpec(f"{base.name}+tuned", base.dim, fingerprint(base.fingerprint, packed))
-        is_watching = True
+        is_watching, cpu = True, time.process_time()
         times = [time.perf_counter()]
         with store.writer() as writer:
             writer.adopt(model, packed, {})
             times.append(time.perf_counter())
             writer.finish()
         times.append(time.perf_counter())
-        is_watching = False
+        is_watching, cpu = False, time.process_time() - cpu
     with Library.open(path, encoder) as library:
         during = _answers(library, texts)
         assert library.model == model
@@ -285,6 +285,7 @@ def move(path: Path, head: Head, encoder: Encoder, settings: Settings) -> dict[s
         "captions": info["captions"],
         "carried_s": round(times[1] - times[0], 2),
         "files_s": round(times[2] - times[1], 2),
+        "cpu_s": round(cpu, 2),  # of both
         "undo_s": round(times[4] - times[3], 2),
         "pictures_opened": len(opened),
         "answers": len(before),
@@ -370,7 +371,8 @@ def tables_of(numbers: Mapping[str, Any]) -> str:
         parts.append(
             f"{moved['pictures']:,} pictures and {moved['captions']:,} captions were carried over"
             f" in {moved['carried_s']:.1f} s, their FAISS files written in {moved['files_s']:.1f}"
-            f" s; pictures opened: {moved['pictures_opened']}. Undone in {moved['undo_s']:.1f} s;"
+            f" s ({moved['cpu_s']:.1f} s of CPU); pictures opened: {moved['pictures_opened']}."
+            f" Undone in {moved['undo_s']:.1f} s;"
             f" of {moved['answers']} answers {moved['answers_changed']} had changed, and after that"
             f" {'all are' if moved['answers_equal_after_undo'] else 'NOT all are'} as before."
         )
