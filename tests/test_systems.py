@@ -25,6 +25,7 @@ from baselines.features import SPLITS, Towers, read_splits
 from baselines.fit import FitConfig, PooledSource, draw_captions, embed, fit_embeddings
 from baselines.fusion import (
     POOLED,
+    CosineMatcher,
     CrossAttentionMatcher,
     FusionConfig,
     PooledMatcher,
@@ -109,7 +110,7 @@ def test_features_are_those_of_the_towers(dataset: Path, towers: Path, tmp_path:
             loaded.model.text_features(torch.tensor([one]), torch.ones(1, len(one)))[0]
             for one in ids
         ]
-    tolerance = 2e-3  # features are kept as float16
+    tolerance = 0.03  # of bfloat16, where the processor has it
     torch.testing.assert_close(test.images, images, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(test.texts, torch.stack(states), atol=tolerance, rtol=tolerance)
     assert test.lengths.tolist() == [len(one) for one in ids]
@@ -187,7 +188,7 @@ def test_squared_distance_alone_collapses_and_uniformity_prevents_it() -> None:
     ends = {}
     for objective in ("squared", "squared+uniformity"):
         torch.manual_seed(0)
-        config = FitConfig(epochs=40, batch_size=64, lr=1e-2)
+        config = FitConfig(epochs=40, batch_size=64, lr=1e-2, patience=40)
         log = fit_embeddings(
             Heads((20, 12), 8, objective), make_source(512, 0), make_source(50, 1), config,
             lambda line: None,
@@ -342,7 +343,9 @@ def test_a_pooled_classifier_judges_all_pairs_as_it_judges_one(fusion: str) -> N
 
 def test_cross_attention_looks_at_no_padding() -> None:
     torch.manual_seed(0)
-    matcher = CrossAttentionMatcher((10, 12, 20), width=16, relation=8).eval()
+    matcher = CrossAttentionMatcher(
+        (10, 12), CosineMatcher((20, 12), 8, "clip"), width=16, relation=8
+    ).eval()
     images = torch.randn(3, 4, 10), torch.randn(3, 20)
     tokens, pooled = torch.randn(2, 5, 12), torch.randn(2, 12)
     mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
@@ -377,7 +380,7 @@ def test_a_shortlist_is_judged_query_by_query(dataset: Path, towers: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def bottleneck(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An inverted bottleneck of eight channels, two of which give nothing, and a pooled output."""
+    """An inverted bottleneck of eight channels, of which one gives nothing and one a constant."""
     from retriever.export import export_tower
 
     class Network(torch.nn.Module):
@@ -388,7 +391,9 @@ def bottleneck(tmp_path_factory: pytest.TempPathFactory) -> Path:
             self.middle = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
             self.down = torch.nn.Conv2d(8, 4, 1)
             with torch.no_grad():
-                self.down.weight[:, [2, 5]] = 0
+                self.down.weight[:, 2] = 0
+                self.up.weight[5], self.up.bias[5] = 0, 2
+                self.middle.weight[5] = torch.tensor([[0, 0, 0], [0, 1.5, 0], [0, 0, 0]])
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             scaled = pixels.permute(0, 3, 1, 2).float() / 255
@@ -406,13 +411,13 @@ def photographs(places: slice) -> np.ndarray:
     return pixels[places]
 
 
-def test_channels_that_give_nothing_are_the_first_to_go(bottleneck: Path, tmp_path: Path) -> None:
+def test_channels_that_tell_nothing_are_the_first_to_go(bottleneck: Path, tmp_path: Path) -> None:
     rows, _ = compression.run(bottleneck, photographs, 20)
-    fewer = compression.prune_channels(bottleneck, tmp_path / "fewer.onnx", 0.25)
+    fewer = compression.prune_channels(bottleneck, tmp_path / "fewer.onnx", 0.25, multiple=1)
     shapes = [list(one.dims) for one in onnx.load(fewer).graph.initializer if len(one.dims) == 4]
     assert shapes == [[6, 3, 1, 1], [6, 1, 3, 3], [4, 6, 1, 1]]
     assert compression.run(fewer, photographs, 20)[0] == pytest.approx(rows, abs=1e-6)
-    too_few = compression.prune_channels(bottleneck, tmp_path / "few.onnx", 0.75)
+    too_few = compression.prune_channels(bottleneck, tmp_path / "few.onnx", 0.75, multiple=1)
     assert compression.run(too_few, photographs, 20)[0] != pytest.approx(rows, abs=1e-3)
 
 
@@ -434,7 +439,7 @@ def test_the_smallest_weights_become_zero(
         for path in (bottleneck, pruned)
     )
     for name, values in before.items():
-        if values.ndim == 4:
+        if values.ndim == 4 and values.shape[1] > 1:
             zero = after[name] == 0
             assert zero.sum() == pytest.approx(values.size / 2, abs=1)
             assert np.abs(values[zero]).max() <= np.abs(values[~zero]).min()
@@ -481,8 +486,9 @@ def test_the_systems_are_trained_measured_and_not_trained_again(
             assert 0 <= row["intervals"]["t2i_r@1"][0] <= row["metrics"]["t2i_r@1"] <= 100
         if name != "mini":
             epochs = len(rows[0]["log"])
-            is_short = name.startswith(("cnn", "resnet", "fusion")) and name != "fusion-cosine"
-            assert epochs == (1 if is_short else 2)
+            by_name = {"fusion-cosine": 2, "fusion-attention": 3, "fusion-attention-own": 3}
+            is_short = name.startswith(("cnn", "resnet", "fusion"))
+            assert epochs == by_name.get(name, 1 if is_short else 2)
             assert rows[0]["seconds"] > 0
             assert 0 < rows[0]["trained"] <= rows[0]["parameters"]
     assert all(one == 0 for one in numbers["mini"][0]["differences"].values())

@@ -74,11 +74,15 @@ def packed_mb(path: Path) -> float:
 
 
 def prune_weights(path: Path, to: Path, share: float) -> Path:
-    """The smallest `share` of the weights of each matrix and convolution set to zero."""
+    """The smallest `share` of the weights of each matrix and convolution set to zero.
+
+    Depthwise convolutions, which have few weights and need them all, stay as they are.
+    """
     model = onnx.load(path)
     for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor)
-        if values.dtype != np.float32 or values.size < SMALL or values.ndim < 2:
+        is_depthwise = values.ndim == 4 and values.shape[1] == 1
+        if values.dtype != np.float32 or values.size < SMALL or values.ndim < 2 or is_depthwise:
             continue
         limit = np.quantile(np.abs(values), share)
         pruned = np.where(np.abs(values) < limit, np.float32(0), values)
@@ -87,11 +91,12 @@ def prune_weights(path: Path, to: Path, share: float) -> Path:
     return to
 
 
-def prune_channels(path: Path, to: Path, share: float) -> Path:
+def prune_channels(path: Path, to: Path, share: float, *, multiple: int = 16) -> Path:
     """Without that share of the channels of each inverted bottleneck.
 
     One is a 1 × 1 convolution, a depthwise one, and another 1 × 1 convolution; a channel is worth
-    the product of what the three give it.
+    the product of what the three give it. What it would give without any input, from biases alone,
+    is added to the last bias.
 
     Raises:
         ValueError: the network has no inverted bottlenecks.
@@ -132,7 +137,17 @@ def prune_channels(path: Path, to: Path, share: float) -> Path:
             continue
         norms = [np.linalg.norm(w.reshape(groups, -1), axis=1) for w in weights[:2]]
         norms.append(np.linalg.norm(weights[2].transpose(1, 0, 2, 3).reshape(groups, -1), axis=1))
-        kept = np.sort(np.argsort(-np.prod(norms, axis=0))[: round(groups * (1 - share))])
+        # Kernels work on so many channels at a time, and are slower if some are left over.
+        count = max(round(groups * (1 - share) / multiple), 1) * multiple
+        worth = np.prod(norms, axis=0)
+        kept = np.sort(np.argsort(-worth)[:count])
+        out = np.setdiff1d(np.arange(groups), kept)
+        if all(len(node.input) > 2 for node in nodes):
+            biases = [numpy_helper.to_array(tensors[node.input[2]]) for node in nodes]
+            constant = biases[0][out].clip(0, 6)
+            constant = (constant * weights[1][out].sum(axis=(1, 2, 3)) + biases[1][out]).clip(0, 6)
+            shift = weights[2][:, out, 0, 0] @ constant
+            _replace(tensors[last.input[2]], (biases[2] + shift).astype(np.float32))
         _replace(tensors[first.input[1]], weights[0][kept])
         _replace(tensors[middle.input[1]], weights[1][kept])
         _replace(tensors[last.input[1]], weights[2][:, kept])
@@ -228,8 +243,8 @@ def image_variants(
     folder: Path,
     say: Callable[[str], None],
     *,
-    shares: Sequence[float] = (0.3, 0.5, 0.7),
-    channels: Sequence[float] = (0.1, 0.2, 0.3),
+    shares: Sequence[float] = (0.2, 0.3, 0.5),
+    channels: Sequence[float] = (0.05, 0.1, 0.2),
 ) -> list[Variant]:
     """The image tower as it is, in int8, and pruned in several degrees.
 

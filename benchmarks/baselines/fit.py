@@ -34,6 +34,7 @@ class FitConfig:
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of all steps
+    patience: int = 5  # epochs without a better rSum before it ends
     seed: int = 0
 
 
@@ -180,6 +181,9 @@ def fit_embeddings(
             best = {name: value.clone() for name, value in system.state_dict().items()}
         log.append(entry)
         say(f"epoch {epoch}: loss {entry['loss']:.3f}, rSum {entry['metrics']['rsum']:.1f}")
+        sums = [one["metrics"]["rsum"] for one in log]
+        if len(sums) - 1 - int(np.argmax(sums)) >= config.patience:
+            break
     system.load_state_dict(best)
     system.eval()
     return log

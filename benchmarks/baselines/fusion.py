@@ -93,63 +93,6 @@ class PooledMatcher(nn.Module):
         return features.texts[torch.from_numpy(rows)]
 
 
-class CrossAttentionMatcher(nn.Module):
-    """Tokens look at regions → a logit.
-
-    Args:
-        widths: of regions, tokens, and pooled image features.
-        width: in which tokens and regions are compared.
-        relation: numbers that a comparison comes down to.
-    """
-
-    def __init__(self, widths: tuple[int, int, int], width: int = 128, relation: int = 32) -> None:
-        super().__init__()
-        region, token, image = widths
-        self.region, self.token, self.image, self.text = (
-            nn.Sequential(nn.LayerNorm(size), nn.Dropout(0.2), nn.Linear(size, width))
-            for size in (region, token, image, token)
-        )
-        self.sharpness = nn.Parameter(torch.tensor(math.log(9.0)))
-        self.local, self.whole = nn.Linear(width, relation), nn.Linear(width, relation)
-        self.gate = nn.Linear(relation, 1)
-        self.judge = nn.Sequential(
-            nn.LayerNorm(2 * relation), nn.Linear(2 * relation, relation), nn.GELU(),
-            nn.Linear(relation, 1),
-        )  # fmt: skip
-
-    def encode_images(self, images: tuple[Tensor, Tensor]) -> Encoded:
-        """(b, r, p) regions and (b, f) pooled features, as they are kept for `compare`."""
-        regions, pooled = images
-        return F.normalize(self.region(regions), dim=2), F.normalize(self.image(pooled), dim=1)
-
-    def encode_texts(self, texts: tuple[Tensor, Tensor, Tensor]) -> Encoded:
-        """The same of (c, t, g) tokens, their (c, t) mask, and (c, g) pooled features."""
-        tokens, mask, pooled = texts
-        return F.normalize(self.token(tokens), dim=2), mask, F.normalize(self.text(pooled), dim=1)
-
-    def compare(self, images: Encoded, texts: Encoded) -> Tensor:
-        """(b, c) logits."""
-        (regions, seen), (tokens, mask, read) = images, texts
-        b, (c, t, width) = len(regions), tokens.shape
-        cosines = torch.einsum("ctw,brw->bctr", tokens, regions)
-        looked = (self.sharpness.exp() * cosines).softmax(dim=3).to(regions.dtype)
-        found = torch.bmm(looked.reshape(b, c * t, -1), regions).view(b, c, t, width)
-        compared = self.local(F.normalize(found, dim=3) * tokens * math.sqrt(width))
-        counts = self.gate(compared).squeeze(3).float().masked_fill(~mask, -1e4).softmax(dim=2)
-        local = (counts[..., None] * compared).sum(dim=2)
-        whole = self.whole(seen[:, None] * read * math.sqrt(width))
-        logits: Tensor = self.judge(torch.cat([local, whole.to(local.dtype)], dim=2)).squeeze(2)
-        return logits
-
-    def images_of(self, features: Features, rows: Rows) -> tuple[Tensor, Tensor]:
-        """What `encode_images` takes of some pictures."""
-        return features.regions_of(rows), features.images[torch.from_numpy(rows)]
-
-    def texts_of(self, features: Features, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """What `encode_texts` takes of some captions."""
-        return *features.tokens_of(rows), features.texts[torch.from_numpy(rows)]
-
-
 class CosineMatcher(Heads):
     """No fusion at all: a second dual encoder, to tell what fusion adds from what two models do."""
 
@@ -166,6 +109,67 @@ class CosineMatcher(Heads):
         return images[0] @ texts[0].T
 
     images_of, texts_of = PooledMatcher.images_of, PooledMatcher.texts_of
+
+
+class CrossAttentionMatcher(nn.Module):
+    """Tokens look at regions → a logit, which is added to that of a dual encoder.
+
+    Args:
+        widths: of regions and tokens.
+        heads: the dual encoder, trained before on pooled features: it knows what a picture is about
+            as a whole, and learns on.
+        width: in which tokens and regions are compared.
+        relation: numbers that a comparison comes down to.
+    """
+
+    def __init__(
+        self, widths: tuple[int, int], heads: CosineMatcher, width: int = 128, relation: int = 32
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.region, self.token = (
+            nn.Sequential(nn.LayerNorm(size), nn.Dropout(0.2), nn.Linear(size, width))
+            for size in widths
+        )
+        self.sharpness = nn.Parameter(torch.tensor(math.log(9.0)))
+        self.local = nn.Linear(width, relation)
+        self.gate = nn.Linear(relation, 1)
+        self.judge = nn.Sequential(
+            nn.LayerNorm(relation), nn.Linear(relation, relation), nn.GELU(),
+            nn.Linear(relation, 1),
+        )  # fmt: skip
+
+    def encode_images(self, images: tuple[Tensor, Tensor]) -> Encoded:
+        """(b, r, p) regions and (b, f) pooled features, as they are kept for `compare`."""
+        regions, pooled = images
+        return F.normalize(self.region(regions), dim=2), *self.heads.encode_images(pooled)
+
+    def encode_texts(self, texts: tuple[Tensor, Tensor, Tensor]) -> Encoded:
+        """The same of (c, t, g) tokens, their (c, t) mask, and (c, g) pooled features."""
+        tokens, mask, pooled = texts
+        return F.normalize(self.token(tokens), dim=2), mask, *self.heads.encode_texts(pooled)
+
+    def compare(self, images: Encoded, texts: Encoded) -> Tensor:
+        """(b, c) logits."""
+        (regions, seen), (tokens, mask, read) = images, texts
+        b, (c, t, width) = len(regions), tokens.shape
+        cosines = torch.einsum("ctw,brw->bctr", tokens, regions)
+        looked = (self.sharpness.exp() * cosines).softmax(dim=3).to(regions.dtype)
+        found = torch.bmm(looked.reshape(b, c * t, -1), regions).view(b, c, t, width)
+        compared = self.local(F.normalize(found, dim=3) * tokens * math.sqrt(width))
+        counts = self.gate(compared).squeeze(3).float().masked_fill(~mask, -1e4).softmax(dim=2)
+        local = (counts[..., None] * compared).sum(dim=2)
+        whole = self.heads.logit_scale * self.heads.compare((seen,), (read,))
+        logits: Tensor = self.judge(local).squeeze(2) + whole
+        return logits
+
+    def images_of(self, features: Features, rows: Rows) -> tuple[Tensor, Tensor]:
+        """What `encode_images` takes of some pictures."""
+        return features.regions_of(rows), features.images[torch.from_numpy(rows)]
+
+    def texts_of(self, features: Features, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """What `encode_texts` takes of some captions."""
+        return *features.tokens_of(rows), features.texts[torch.from_numpy(rows)]
 
 
 Matcher = PooledMatcher | CrossAttentionMatcher | CosineMatcher
