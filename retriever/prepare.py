@@ -294,11 +294,12 @@ def _save_config(folder: Path, config: Mapping[str, Any]) -> None:
 
 # ── tokenizers ─────────────────────────────────────────────────────────────────────────────────
 
-# CLIP's words: contractions, runs of letters, single digits, runs of anything else. A long s is
-# a small s to the engine that CLIP's tokenizer was written for.
+# CLIP's words: contractions, runs of letters, single digits, runs of anything else. To the engine
+# that CLIP's tokenizer was written for, a long s is a small s, and the iota subscript, of which the
+# capital is a letter, is neither a letter nor anything else.
 _CLIP_WORDS = (
     r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
-    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_openclip import open_clip
@@ -196,6 +196,8 @@ def test_hard_texts_have_clips_tokens(
 
 @settings(deadline=None, max_examples=300)
 @given(st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=40))
+@example("\u00cd\u0085")  # mended, it is an iota subscript
+@example("\u1fb3 a\u0345b !\u0345?")
 def test_any_text_has_clips_tokens(
     both: Callable[[str], tuple[list[int], list[int]]], text: str
 ) -> None:
