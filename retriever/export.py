@@ -43,8 +43,8 @@ INT8_OPSET = 21  # the first in which one node widens weights that share a scale
 _FILES = ("image.onnx", "text.onnx", "text.weights", "tokenizer.json")
 # Weights that share a scale, at most; smaller groups cost more scales.
 GROUP = 32
-# From so many weights on a convolution is stored as int8. In EfficientNet-Lite2 these hold five sixths
-# of the weights; the others, in its lower layers, would make its error ten times as large.
+# From so many weights on a convolution is stored as int8. In EfficientNet-Lite2 these hold five
+# sixths of the weights; the others, in its lower layers, would make its error ten times as large.
 LARGE_KERNEL = 80_000
 # Below this many values a tensor's size does not matter: biases, norms, constants.
 SMALL = 1024
