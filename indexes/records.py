@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -334,3 +334,12 @@ class StoreInfo(TypedDict):
     generation: int
     index: dict[str, KindInfo]
     size_bytes: int
+
+
+def unit_rows(vectors: Sequence[NDArray[Any]], dim: int) -> NDArray[np.float32]:
+    """(n, d) float32 unit rows of stored vectors, which are rounded to float16; n may be 0."""
+    rows = np.zeros((len(vectors), dim), dtype=np.float32)
+    if len(vectors):
+        rows[:] = np.stack(vectors)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from indexes import words
 from indexes.filters import Compare
-from indexes.records import Fit
+from indexes.records import Fit, unit_rows
 from retriever import calibration
 from retriever.channels import CHANNELS, FALLBACK, MODES, Channel, Fusion, Mode
 from retriever.metrics import bootstrap_interval
@@ -196,11 +196,11 @@ class Sample:
         also[np.arange(len(held)), own] = False
         dim = store.model.dim
         return cls(
-            pictures=_rows([picture.vector for picture in found], dim),
-            captions=_rows([found[place].vectors[one] for place, one in kept], dim),
+            pictures=unit_rows([picture.vector for picture in found], dim),
+            captions=unit_rows([found[place].vectors[one] for place, one in kept], dim),
             owners=np.array([place for place, _ in kept], dtype=np.int64),
             texts=tuple(found[place].texts[one] for place, one in kept),
-            queries=_rows([found[place].vectors[one] for place, one in held.values()], dim),
+            queries=unit_rows([found[place].vectors[one] for place, one in held.values()], dim),
             asked=tuple(held),
             own=own,
             also=also,
@@ -269,15 +269,6 @@ def _read(rows: Snapshot, ids: Sequence[int]) -> list[_Picture]:
             by_id[item_id].texts[caption_id] = caption.text
             by_id[item_id].vectors[caption_id] = vector
     return [*found.values()]
-
-
-def _rows(vectors: Sequence[Any], dim: int) -> Rows:
-    """(n, d) float32 unit rows of stored vectors, which are rounded to float16."""
-    rows = np.zeros((len(vectors), dim), dtype=np.float32)
-    if len(vectors):
-        rows[:] = np.stack(vectors)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows
 
 
 def fit(

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from indexes.filters import Compare
 from indexes.heads import Head, Residual
-from indexes.records import KINDS, Kind
+from indexes.records import KINDS, Kind, unit_rows
 from retriever import calibration, metrics
 from retriever.duplicates import collapse
 from retriever.errors import MissingExtraError
@@ -146,9 +146,9 @@ class Pairs:
                     items.append(found[item_id])
                     images.append(seen[item_id])
         dim = store.model.dim
-        pictures = _rows(images, dim)
+        pictures = unit_rows(images, dim)
         copies = [group for group in collapse(items, pictures) if len(group) > 1]
-        return _dealt(pictures, _rows(vectors, dim), _numbered(edges), copies)
+        return _dealt(pictures, unit_rows(vectors, dim), _numbered(edges), copies)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -172,15 +172,6 @@ class Pairs:
         found = np.empty(len(self.texts), dtype=np.int64)
         found[self.edges[:, 1]] = self.groups[self.edges[:, 0]]
         return found
-
-
-def _rows(vectors: Sequence[Any], dim: int) -> Rows:
-    """(n, d) float32 unit rows of stored vectors, which are rounded to float16."""
-    rows = np.zeros((len(vectors), dim), dtype=np.float32)
-    if len(vectors):
-        rows[:] = np.stack(vectors)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows
 
 
 def _numbered(edges: Iterable[tuple[int, int]]) -> Places:

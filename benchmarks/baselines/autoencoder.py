@@ -6,14 +6,10 @@ embedding. Ngiam et al. 2011, "Multimodal deep learning"; Feng, Wang & Li 2014, 
 retrieval with correspondence autoencoder".
 """
 
-import math
-
 import torch
-from baselines.heads import alignment_loss
+from baselines.heads import Aligned, alignment_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from retriever.towers import MAX_LOGIT_SCALE
 
 
 def perceptron(inputs: int, outputs: int, hidden: int) -> nn.Sequential:
@@ -46,7 +42,7 @@ class Decoders(nn.Module):
         return errors[0] + errors[1]
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(Aligned):
     """Two encoders into one code, two decoders out of it.
 
     Args:
@@ -59,16 +55,9 @@ class Autoencoder(nn.Module):
     def __init__(
         self, features: tuple[int, int], dim: int, objective: str, hidden: int = 768
     ) -> None:
-        super().__init__()
+        super().__init__(objective)
         self.decoders = Decoders(features, dim, hidden)
         self.encoders = nn.ModuleList(perceptron(width, dim, hidden) for width in features)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.objective = objective
-
-    @property
-    def logit_scale(self) -> Tensor:
-        """1 / temperature."""
-        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
 
     def loss(self, images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
         """See `fit.System`."""

@@ -32,12 +32,11 @@ def alignment_loss(
     return objectives.squared_uniformity_loss(images, texts[::each])
 
 
-class Heads(nn.Module):
-    """Two projections: (b, f) image features and (b, g) text features → (b, d)."""
+class Aligned(nn.Module):
+    """What aligns pairs by an objective of `alignment_loss`, at a temperature that it learns."""
 
-    def __init__(self, features: tuple[int, int], dim: int, objective: str) -> None:
+    def __init__(self, objective: str) -> None:
         super().__init__()
-        self.image, self.text = (Projection(width, dim, 0.1) for width in features)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.objective = objective
 
@@ -45,6 +44,14 @@ class Heads(nn.Module):
     def logit_scale(self) -> Tensor:
         """1 / temperature."""
         return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+
+
+class Heads(Aligned):
+    """Two projections: (b, f) image features and (b, g) text features → (b, d)."""
+
+    def __init__(self, features: tuple[int, int], dim: int, objective: str) -> None:
+        super().__init__(objective)
+        self.image, self.text = (Projection(width, dim, 0.1) for width in features)
 
     def loss(self, images: Tensor, texts: Tensor, owners: Tensor) -> Tensor:
         """See `fit.System`."""
