@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from indexes.care import repair
-from indexes.errors import InvalidRowsError, WrongModelError
+from indexes.errors import InvalidRowsError, StoreDamagedError, WrongModelError
 from indexes.heads import Head, Residual, fingerprint
 from indexes.records import KINDS
 from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store, Writer
@@ -378,6 +378,35 @@ def test_a_damaged_head_is_found_and_the_library_mended_to_what_it_was_before(st
         assert seen.model == BASE
         assert answers(seen) == before
         assert seen.verify() == []
+
+
+@pytest.mark.parametrize("table", ["models", "image_embeddings", "caption_embeddings"])
+def test_both_spaces_are_saved_from_a_damaged_catalogue_unless_the_models_are_lost(store, table):
+    """Without the models' rows nobody knows what the vectors mean: a backup is the way out."""
+    before = answers(store)
+    head = a_head()
+    adopt(store, head)
+    with Store.open(store.path) as seen:
+        after = answers(seen)
+    with closing(sqlite3.connect(store.path / "catalogue.sqlite")) as connection:
+        [[root]] = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", [table])
+    store.close()
+    with (store.path / "catalogue.sqlite").open("r+b") as file:
+        file.seek(4096 * (root - 1))
+        file.write(b"\xa5" * 4096)
+    if table == "models":
+        with pytest.raises(StoreDamagedError, match="repair"):
+            Store.open(store.path)
+        with pytest.raises(StoreDamagedError, match="restore a backup"):
+            repair(store.path)
+        return
+    assert repair(store.path) != []
+    with Store.open(store.path) as seen:
+        assert seen.verify() == []
+        assert answers(seen) == after
+        assert seen.derivation is not None
+        with Store.open(store.path, seen.derivation.base) as base:
+            assert answers(base) == before
 
 
 def test_what_its_base_lost_is_given_to_both_again(store, tuned):

@@ -310,6 +310,29 @@ def test_an_interrupted_command_says_one_sentence_and_leaves_nothing_half_made(
     assert count(library) == expected
 
 
+def test_an_interrupted_tuning_changes_nothing(
+    pictures: Path, library: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    said = tmp_path / "captions.jsonl"
+    names = [path.name for path in sorted(pictures.iterdir())]
+    lines = [json.dumps({"file": name, "captions": [f"noise {n}"]}) for n, name in enumerate(names)]
+    said.write_text("\n".join(lines), encoding="utf-8")
+    assert run("index", pictures, "--captions", said, library=library)[0] == 0
+    before = rows(library)
+    program = _pausing("retriever.tuning", "cross_fitted", seconds=1)
+    with start(["-c", program, "tune"], library) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "paused\n"
+        os.killpg(process.pid, signal.SIGINT)
+        code, stdout, stderr = ends(process)
+    assert (code, stdout) == (128 + signal.SIGINT, "")
+    assert stderr.endswith("Interrupted. Nothing was changed.\n")
+    assert rows(library) == before
+    assert run("verify", "--sample", "0", library=library)[0] == 0
+    assert "Tuned" not in run("info", library=library)[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_watch_is_ended_by_one_signal(library: Path, number: signal.Signals) -> None:
     pytest.importorskip("watchfiles")
