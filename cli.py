@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
-from retriever import __version__, finding, upkeep
+from retriever import __version__, finding, serving, upkeep
 from retriever.errors import MissingExtraError, UsageError
 from retriever.models import DEFAULT_MODEL
 from retriever.settings import OBJECTIVES, TEXT_TOWERS, TrainConfig
@@ -305,6 +305,7 @@ def bench(
 
 
 finding.add_to(main)
+serving.add_to(main)
 upkeep.add_to(main)
 
 

@@ -194,6 +194,32 @@ def select(connection: sqlite3.Connection, condition: Condition) -> NDArray[np.i
     return np.fromiter(chain.from_iterable(rows), dtype=np.int64)
 
 
+def values(connection: sqlite3.Connection, field: str, most: int) -> list[tuple[str, int]]:
+    """The commonest texts of a field and the number of pictures that have each, commonest first.
+
+    Args:
+        connection: to a catalogue.
+        field: "camera", "folder" or "root"; any other name is that of a further column.
+        most: so many at most.
+    """
+    if field in ("camera", "folder", "root"):
+        text = _SPELLINGS[field][0]
+        statement = (
+            f"SELECT {text} AS value, count(*) FROM items JOIN roots ON roots.id = items.root_id"
+            " WHERE items.status = 'ok' AND value IS NOT NULL"
+        )
+        parameters: list[Any] = [most]
+    else:
+        statement = (
+            "SELECT coalesce(text, CAST(number AS TEXT)) AS value, count(DISTINCT item_id)"
+            " FROM extras WHERE key = CAST(? AS TEXT)"
+        )
+        parameters = [_text(field), most]
+    return connection.execute(
+        f"{statement} GROUP BY value ORDER BY 2 DESC, 1 LIMIT ?", parameters
+    ).fetchall()
+
+
 # ── SQL ──────────────────────────────────────────────────────────────────────────────────────────
 
 Sql = tuple[str, list[Any]]  # a condition in brackets or a call, and its parameters

@@ -744,6 +744,12 @@ class Snapshot:
         )
         return dict(rows)
 
+    def values(self, field: str, most: int) -> list[tuple[str, int]]:
+        """The commonest texts of a field or a further column, and how many items have each."""
+        from indexes.filters import values
+
+        return values(self._connection, field, most)
+
     def select(self, condition: Condition) -> Ids:
         """Ids of the items that could be read and fulfil a condition (see `filters`), ascending."""
         from indexes.filters import select

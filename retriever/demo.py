@@ -5,9 +5,7 @@ ours. They are copied to a folder with a `captions.jsonl`, as a folder of one's 
 that every other command can be tried on it as well.
 """
 
-import base64
 import html
-import io
 import json
 import shutil
 import tempfile
@@ -15,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING
 
 from retriever.errors import MissingExtraError, RetrieverError, UsageError, printable
 from retriever.search import NO_MATCH
+from retriever.sheets import bar, figure, page, section
 
 if TYPE_CHECKING:
     from retriever.library import Library
@@ -70,8 +68,11 @@ TEXT_QUERIES = (
 )
 EXPLAINED = "a man taking a photograph"  # whose best answer is shown with its heat map
 K = 4
-THUMBNAIL_SIDE = 320  # pixels
-_TEMPLATE = Path(__file__).parent / "templates" / "contact_sheet.html"
+_LEAD = f"""What the bundled encoder answers in a library of {len(PHOTOGRAPHS)} photographs.
+It looks at the pictures alone: neither their names nor their captions decide which one is found.
+The number is the cosine between question and answer. Where it is no higher than for questions
+about something else entirely, the page says so."""
+_CREDIT = "Photographs: the sample pictures of scikit-image. Captions: Retriever."
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,59 +197,30 @@ def contact_sheet(answers: Sequence[Answer], pictures: Path) -> str:
     """One HTML page with all it shows inside: every answer, then the whole folder."""
     sections = []
     for answer in answers:
-        asked = _figure(answer.picture, "The picture to compare with") if answer.picture else ""
+        asked = figure(answer.picture, "The picture to compare with") if answer.picture else ""
         if _is_caption_answer(answer):
             rows = "".join(
-                f"<li>{_score(hit.score)} {html.escape(hit.caption or '')}</li>"
-                for hit in answer.hits
+                f"<li>{bar(hit.score)} {html.escape(hit.caption or '')}</li>" for hit in answer.hits
             )
             found = f'<ol class="captions">{rows}</ol>'
         else:
             cards = "".join(
-                _figure(hit.path, hit.caption or "", score=hit.score) for hit in answer.hits
+                figure(hit.path, hit.caption or "", score=hit.score) for hit in answer.hits
             )
             if answer.why:
-                cards += _figure(answer.why, "Where the first of them shows what was asked for")
+                cards += figure(answer.why, "Where the first of them shows what was asked for")
             told = f"<p>{NO_MATCH}</p>" if answer.is_match is False else ""
             found = f'{told}<div class="cards">{cards}</div>'
         body = f'<div class="asked">{asked}{found}</div>' if asked else found
-        sections.append(f"<section><h2>{html.escape(answer.question)}</h2>{body}</section>")
+        sections.append(section(answer.question, body))
     everything = "".join(
-        _figure(pictures / file, " ".join(captions)) for file, captions in PHOTOGRAPHS.items()
+        figure(pictures / file, " ".join(captions)) for file, captions in PHOTOGRAPHS.items()
     )
-    return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        count=len(PHOTOGRAPHS), answers="\n".join(sections), everything=everything
-    )
+    sections.append(section("The whole library", f'<div class="cards all">{everything}</div>'))
+    return page("contact sheet of the demo", _LEAD, sections, _CREDIT)
 
 
 def _is_caption_answer(answer: Answer) -> bool:
     from retriever.search import CaptionHit
 
     return any(isinstance(hit, CaptionHit) for hit in answer.hits)
-
-
-def _figure(path: Path, caption: str, *, score: float | None = None) -> str:
-    name, text = html.escape(path.name), html.escape(caption)
-    shown = _score(score) if score is not None else ""
-    return (
-        f'<figure><img src="{_thumbnail(path)}" alt="{text}" loading="lazy">'
-        f"<figcaption>{shown}<span>{text}</span><small>{name}</small></figcaption></figure>"
-    )
-
-
-def _score(score: float) -> str:
-    return (
-        f'<b class="score" title="cosine between query and answer">{score:.3f}'
-        f'<i style="width:{100 * min(max(score, 0.0), 1.0):.0f}%"></i></b>'
-    )
-
-
-def _thumbnail(path: Path) -> str:
-    """A small JPEG of the picture as a data URI."""
-    from retriever.data import read_image
-
-    image = read_image(path, target=THUMBNAIL_SIDE).image
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

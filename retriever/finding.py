@@ -1,7 +1,7 @@
 """Commands that ask a library: `search` for pictures, `caption` for captions."""
 
 import math
-import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from retriever.errors import UsageError, plain
+from retriever.errors import UsageError
+from retriever.replies import Format, Reply, Request, reply
 from retriever.terminal import (
     FILE,
     Command,
@@ -19,7 +20,6 @@ from retriever.terminal import (
     library_option,
     model_option,
     open_library,
-    print_json,
     shown,
     warn,
 )
@@ -27,10 +27,11 @@ from retriever.terminal import (
 if TYPE_CHECKING:
     from retriever.asking import Query
     from retriever.channels import Mode
-    from retriever.explain import Explanation
     from retriever.library import Library
-    from retriever.search import Answer, Hit
+    from retriever.preview import Kind
 
+KINDS = ("kitty", "iterm2", "sixel", "blocks")  # as `retriever.preview`, which needs an extra
+PREVIEW_SIDE = 320  # pixels that a picture is made ready from
 MODES = ("image", "caption", "words", "hybrid")  # as `retriever.channels`, which imports numpy
 
 
@@ -67,6 +68,7 @@ def _answer_options(command: Command) -> Command:
         encoder_options,
         library_option,
         model_option(None, "One of the library's models.", show_default="its default one"),
+        click.option("--no-server", is_flag=True, help="Do not ask a running `retriever serve`."),
         click.option("--exact", is_flag=True, help="Look at everything, approximate index or not."),
         click.option(
             "--where",
@@ -110,6 +112,19 @@ def _answer_options(command: Command) -> Command:
     metavar="FOLDER",
     help="Write there, as PNG, what in each answer fits the query.",
 )
+@click.option("--preview", is_flag=True, help="Show the pictures, in a terminal that can.")
+@click.option(
+    "--preview-as",
+    type=click.Choice(KINDS),
+    show_default="what the terminal understands",
+    help="How --preview shows them, whatever it is shown in.",
+)
+@click.option(
+    "--sheet",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the answers there as a page with thumbnails (HTML).",
+)
 @click.option("--paths", is_flag=True, help="Print nothing but paths, one a line.")
 @click.option("-0", "--null", is_flag=True, help="End each of --paths with a zero byte instead.")
 @_answer_options
@@ -125,10 +140,14 @@ def search(
     all_: bool,
     explain: bool,
     heat_maps: Path | None,
+    preview: bool,
+    preview_as: "Kind | None",
+    sheet: Path | None,
     paths: bool,
     null: bool,
     where: str | None,
     exact: bool,
+    no_server: bool,
     model: str | None,
     library_path: Path,
     device: str,
@@ -156,41 +175,65 @@ def search(
         raise click.UsageError("A weight must be a finite number.")
     if paths and (as_json or explain):
         raise click.UsageError("--paths goes with neither --json nor --explain.")
+    is_previewed = preview_as is not None or (preview and sys.stdout.isatty())
+    if (preview or preview_as) and (paths or as_json):
+        raise click.UsageError("--preview goes with neither --paths nor --json.")
     query = _query(words, image, text_weight, image_weight, without)
-    reasons: Sequence[Explanation | None]
+    form: Format = "json" if as_json else "null" if null else "paths" if paths else "lines"
+    request = Request.of(
+        query,
+        library_path,
+        where=where,
+        mode=mode,
+        k=k,
+        exact=exact,
+        all=all_,
+        min_confidence=min_confidence,
+        explain=explain,
+        format=form,
+    )
+    is_plain = (device, threads, model) == ("auto", None, None)
+    is_here = no_server or heat_maps or is_previewed or sheet  # looks at pictures itself
+    if is_plain and not is_here and _asked_a_server(request, library_path):
+        return
     with open_library(library_path, device, threads, model) as library:
-        answer = library.search(
-            query,
-            where=where,
-            mode=mode,
-            k=k,
-            exact=exact,
-            all=all_,
-            min_confidence=min_confidence,
-        )
-        reasons = _reasons(library, query, answer) if explain else [None] * len(answer)
+        found = reply(library, request)
         if heat_maps:
-            _write_heat_maps(library, query, answer, heat_maps)
-        _warn_of_gaps(library)
-    for note in answer.notes:
-        click.echo(note, err=True)
-    if answer.is_match is False and answer:
-        from retriever.search import NO_MATCH
+            _write_heat_maps(library, query, found.hits, heat_maps)
+    if sheet:
+        _write_sheet(words or "Pictures like it", found.hits, sheet)
+    previews = [_previewed(hit.path, preview_as) for hit in found.hits if is_previewed]
+    _say(found.reply, previews)
 
-        click.echo(NO_MATCH, err=True)
-    for hit, reason in zip(answer, reasons, strict=True):
-        if paths:
-            # The very bytes, for the next program.
-            click.echo(os.fsencode(hit.path) + (b"\0" if null else b"\n"), nl=False)
-        elif as_json:
-            print_json(_record(hit) | ({"explain": reason.as_json()} if reason else {}))
-        else:
-            _print_hit(hit, reason)
-    if not answer and not answer.notes:
-        if min_confidence:
-            click.echo(f"No answer is as sure as {100 * min_confidence:.0f} %.", err=True)
-        else:
-            _say_if_empty(library_path, "pictures", bool(where or query.without))
+
+def _asked_a_server(request: Request, library: Path) -> bool:
+    """Whether a running server answered, and its reply was printed.
+
+    What it says of a fault is left alone: here, the same fault is told in the terms of this shell.
+    """
+    from retriever.running import NotRunningError, ask
+
+    try:
+        answer = ask(library, request.as_json())
+        said = Reply.from_json(answer["reply"])
+    except (NotRunningError, KeyError, TypeError, ValueError):
+        return False
+    _say(said)
+    return True
+
+
+def _say(said: Reply, previews: Sequence[bytes] = ()) -> None:
+    for line in said.told:
+        click.echo(line, err=True)
+    if said.raw:
+        click.echo(said.raw, nl=False)
+    for number, lines in enumerate(said.groups):
+        for line in lines:
+            click.echo(line)
+        if previews:
+            click.echo(previews[number] + b"\n")
+    if said.empty:
+        click.echo(said.empty, err=True)
 
 
 def _query(
@@ -211,43 +254,30 @@ def _query(
     )
 
 
-def _record(hit: "Hit") -> dict[str, Any]:
-    return {
-        "rank": hit.rank,
-        "score": round(hit.score, 6),
-        "confidence": None if hit.confidence is None else round(hit.confidence, 4),
-        "path": str(hit.path),
-        "caption": hit.caption,
-        "id": hit.item_id,
-        "duplicates": hit.duplicates,
-    }
+def _previewed(path: Path, kind: "Kind | None") -> bytes:
+    from retriever.data import read_image
+    from retriever.errors import PictureError
+    from retriever.preview import render
+
+    try:
+        return render(read_image(path, target=PREVIEW_SIDE).image, kind)
+    except PictureError as exc:
+        return str(exc).encode(errors="backslashreplace")
 
 
-def _print_hit(hit: "Hit", reason: "Explanation | None") -> None:
-    sure = "" if hit.confidence is None else f"  {_percent(hit.confidence):>5}"
-    more = f"  (and {hit.duplicates} like it)" if hit.duplicates else ""
-    click.echo(f"{hit.rank:>3}{sure}  {hit.score:.3f}  {shown(hit.path)}{more}")
-    indent = " " * (12 + len(sure))
-    if hit.caption:
-        click.echo(f"{indent}{plain(hit.caption)}")
-    for line in reason.lines() if reason else ():
-        click.echo(f"{indent}· {plain(line)}")
+def _write_sheet(question: str, answer: "Any", sheet: Path) -> None:
+    from retriever.sheets import answer_sheet
+
+    try:
+        sheet.write_text(answer_sheet(question, answer), encoding="utf-8")
+    except OSError as exc:
+        raise UsageError(f"{shown(sheet)} cannot be written: {exc.strerror or exc}") from exc
+    click.echo(f"The contact sheet is {shown(sheet)}", err=True)
 
 
-def _percent(share: float) -> str:
-    """A confidence for people, who should not be told that anything is certain."""
-    percent = round(100 * share)
-    return "<1 %" if percent < 1 else ">99 %" if percent > 99 else f"{percent} %"
-
-
-def _reasons(library: "Library", query: "Query", answer: "Answer") -> "list[Explanation]":
-    from retriever.explain import explain
-
-    searcher = library.searcher
-    return explain(answer, query, answer.mode, searcher.channels, searcher.calibration())
-
-
-def _write_heat_maps(library: "Library", query: "Query", answer: "Answer", folder: Path) -> None:
+def _write_heat_maps(
+    library: "Library", query: "Query", answer: "Sequence[Any]", folder: Path
+) -> None:
     from retriever.explain import write_heat_maps
 
     row = library.searcher.channels(query).row
@@ -274,6 +304,7 @@ def caption(
     k: int,
     where: str | None,
     exact: bool,
+    no_server: bool,
     model: str | None,
     library_path: Path,
     device: str,
@@ -287,40 +318,14 @@ def caption(
       retriever caption query.jpg
       retriever caption query.jpg -k 1 --json
     """
-    with open_library(library_path, device, threads, model) as library:
-        hits = library.captions_for(picture, where=where, k=k, exact=exact)
-        _warn_of_gaps(library)
-    for hit in hits:
-        if as_json:
-            print_json(
-                {
-                    "rank": hit.rank,
-                    "score": round(hit.score, 6),
-                    "caption": hit.caption,
-                    "path": str(hit.path),
-                    "id": hit.item_id,
-                }
-            )
-        else:
-            click.echo(f"{hit.rank:>3}  {hit.score:.3f}  {plain(hit.caption)}")
-            click.echo(f"            {shown(hit.path)}")
-    if not hits:
-        _say_if_empty(library_path, "captions", where is not None)
-
-
-def _warn_of_gaps(library: "Library") -> None:
-    """Says what an answer leaves out."""
-    name = library.model.name
-    if count := library.pending:
-        warn(f"{count:,} pictures are not embedded by {name} yet: retriever index --model {name}")
-
-
-def _say_if_empty(library: Path, what: str, is_narrowed: bool) -> None:
-    """Says why there is no answer, and the way out."""
-    if is_narrowed:
-        click.echo(f"No {what} in {shown(library)} fulfil all that was asked for.", err=True)
+    query = _query("", (picture,), 1.0, 1.0, ())
+    form: Format = "json" if as_json else "lines"
+    request = Request.of(
+        query, library_path, captions=True, where=where, k=k, exact=exact, format=form
+    )
+    is_plain = (device, threads, model) == ("auto", None, None)
+    if is_plain and not no_server and _asked_a_server(request, library_path):
         return
-    way_out = "`retriever index FOLDER` takes them in"
-    if what == "captions":
-        way_out = "`retriever index FOLDER --captions FILE` names them"
-    click.echo(f"There are no {what} in the library: {way_out}.", err=True)
+    with open_library(library_path, device, threads, model) as library:
+        found = reply(library, request)
+    _say(found.reply)

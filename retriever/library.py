@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from indexes.filters import Condition
-    from indexes.records import Fit, Kind, RootInfo, StoredModel
+    from indexes.records import Fit, ItemRow, Kind, RootInfo, StoredModel
     from indexes.store import Store
     from retriever.asking import Query
     from retriever.channels import Mode
@@ -233,6 +233,18 @@ class Library:
                     )
                 self._base = loaded
             return self._base
+
+    def share(self) -> None:
+        """Loads the encoder; texts that several threads ask at once then go through it together.
+
+        For a server: a single thread gains nothing. Raises as `encoder` does.
+        """
+        from retriever.batching import BatchingEncoder
+
+        base = self._reader(self.base_model)
+        with self._guard:
+            if not isinstance(base, BatchingEncoder):
+                self._base, self._tuned = BatchingEncoder(base), None
 
     @property
     def base_model(self) -> ModelSpec:
@@ -587,6 +599,86 @@ class Library:
         with self._store.snapshot() as rows:
             fit = rows.fit()
         return {**self._store.info(), "answers": _measured(fit) if fit else None}
+
+    def item(self, item_id: int) -> ItemRow | None:
+        """What is known of a picture that could be read; None if there is no such one."""
+        found = self._store.items([item_id])
+        return found[0] if found and found[0].status == "ok" else None
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of items (failed ones included), captions and failures."""
+        with self._store.snapshot() as rows:
+            return rows.counts()
+
+    def nearest_caption(self, query: Query, item_id: int) -> str | None:
+        """The caption of a picture that is nearest to a query; None if it has none.
+
+        Raises as `search` does for the query.
+        """
+        row = self.searcher.channels(query).row
+        assert row is not None, "every query has an embedding"
+        found = self._store.nearest_captions([item_id], row)
+        return found[item_id].text if item_id in found else None
+
+    def values(self, field: str, *, most: int = 20) -> list[tuple[str, int]]:
+        """The commonest texts of a field and the number of pictures that have each.
+
+        For programs that help to write a filter.
+
+        Args:
+            field: "camera", "folder", "root" or a further column of the captions files.
+            most: so many at most.
+        """
+        with self._store.snapshot() as rows:
+            return rows.values(field, most)
+
+    def browse(
+        self, where: str | Condition | None = None, *, k: int = DEFAULT_K, offset: int = 0
+    ) -> tuple[int, list[ItemRow]]:
+        """How many pictures fulfil a filter, and k of them from `offset` on, the newest here first.
+
+        Raises UsageError if `where` makes no sense.
+        """
+        from indexes.filters import And
+
+        condition = self._condition(where)
+        with self._store.snapshot() as rows:
+            ids = rows.select(condition if condition is not None else And(()))[::-1]
+            wanted = ids[offset : offset + k].tolist()
+            found = rows.items(wanted)
+        return len(ids), [found[one] for one in wanted]
+
+    def image_embeddings(self, most: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids (n,), ascending, and unit rows (n, d) of pictures; of more than `most` an even share.
+
+        They are of the model that the library was opened with, rounded to float16.
+        """
+        import numpy as np
+
+        from indexes.records import unit_rows
+
+        with self._store.snapshot() as rows:
+            there = np.concatenate(
+                [ids for ids, _ in rows.vectors("image")] or [np.empty(0, dtype=np.int64)]
+            )
+            if len(there) > most:
+                there = there[np.linspace(0, len(there) - 1, most).round().astype(np.int64)]
+            vectors = rows.embeddings("image", there.tolist())
+        return there, unit_rows([vectors[one] for one in there.tolist()], self.model.dim)
+
+    def fields(self) -> dict[str, str]:
+        """What a filter may ask for: each field's name and type; see `retriever.where`."""
+        from indexes.filters import FIELDS
+
+        with self._store.snapshot() as rows:
+            extras = rows.extra_keys()
+        return {**FIELDS, **{key: "extra" for key in extras if key not in FIELDS}}
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Stands for the state that is answered from: another one after every write."""
+        with self._store.snapshot() as rows:
+            return rows.version()
 
     def failures(self) -> list[Failure]:
         """Pictures that could not be read when they were last looked at, and why."""

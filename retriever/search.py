@@ -98,6 +98,12 @@ class Answer(Sequence[Hit]):
     def __len__(self) -> int:
         return len(self.hits)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: thumbnails with captions and scores."""
+        from retriever.sheets import grid
+
+        return grid(self.hits, NO_MATCH if self.is_match is False and self.hits else None)
+
 
 @dataclass(frozen=True, slots=True)
 class CaptionHit:

@@ -234,7 +234,8 @@ def shown(path: str | Path) -> str:
     return printable(path)
 
 
-def _default_library() -> str:
+def default_library() -> str:
+    """Where the library is if nothing else is said."""
     import platformdirs
 
     return str(platformdirs.user_data_path("retriever", appauthor=False) / "default.lib")
@@ -249,7 +250,7 @@ def library_option(command: Command) -> Command:
         type=click.Path(path_type=Path),
         envvar="RETRIEVER_LIBRARY",
         show_envvar=True,
-        default=_default_library,
+        default=default_library,
         show_default="default.lib in the user's data folder",
         help="The library's folder.",
     )(command)

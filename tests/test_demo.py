@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import cli
-from retriever import demo
+from retriever import demo, sheets
 from retriever.data import read_pairs
 from retriever.errors import MissingExtraError, RetrieverError, UsageError
 from retriever.library import Library
@@ -133,7 +133,7 @@ def test_each_thumbnail_is_a_picture_with_a_text_for_those_who_cannot_see_it(pag
         kind, data = str(attributes["src"]).split(",", 1)
         assert kind == "data:image/jpeg;base64"
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-            assert max(image.size) <= demo.THUMBNAIL_SIDE
+            assert max(image.size) <= sheets.SIDE
 
 
 def test_page_shows_every_question_with_its_scores(page: Page, shown: str) -> None:
@@ -152,7 +152,7 @@ def test_page_shows_every_caption_of_the_library(page: Page) -> None:
 def test_captions_cannot_break_the_page(tmp_path: Path) -> None:
     photograph = tmp_path / "a<b>&'\".png"
     Image.new("RGB", (8, 8)).save(photograph)
-    figure = demo._figure(photograph, "<script>alert('x')</script>\"", score=0.5)
+    figure = sheets.figure(photograph, "<script>alert('x')</script>\"", score=0.5)
     assert Page(figure).all("script") == []
     (image,) = Page(figure).all("img")
     assert image["alt"] == "<script>alert('x')</script>\""

@@ -15,12 +15,21 @@ ROOT = Path(__file__).parents[1]
 # A module may import from the lines below its own, never from its own line or from above.
 LAYERS = [
     {"cli", "benchmarks"},
-    {"retriever.finding", "retriever.upkeep"},
+    {"retriever.finding", "retriever.serving", "retriever.upkeep"},
     {"retriever.terminal"},
-    {"retriever.bench", "retriever.demo", "retriever.watch"},
-    {"retriever.prepare"},
+    {"retriever.web.run"},
+    {"retriever.web.app"},
+    {"retriever.web.local"},
+    {"retriever.web.service"},
+    {"retriever.web", "retriever.web.guard", "retriever.web.projection", "retriever.web.schemas"},
+    {"retriever.web.thumbnails"},
+    {
+        *("retriever.assistants", "retriever.bench", "retriever.demo", "retriever.replies"),
+        *("retriever.running", "retriever.watch"),
+    },
+    {"retriever.prepare", "retriever.sheets"},
     {"retriever.library", "retriever.training", "retriever.evaluation", "retriever.export"},
-    {"retriever.exchange"},
+    {"retriever.batching", "retriever.exchange"},
     {"retriever.clip_retrieval"},
     {"retriever.explain"},
     {
@@ -39,7 +48,8 @@ LAYERS = [
     {
         *("retriever.calibration", "retriever.captions", "retriever.machine", "retriever.metrics"),
         *("retriever.duplicates", "retriever.channels"),
-        *("retriever.objectives", "retriever.settings", "retriever.vocabulary"),
+        *("retriever.objectives", "retriever.preview", "retriever.settings"),
+        "retriever.vocabulary",
     },
     {"retriever.cleaning", "retriever.phrases", "retriever.preprocessing", "retriever.where"},
     {"retriever", "retriever.errors", "retriever.mini"},
@@ -60,7 +70,8 @@ LAYERS = [
 # An adapter is found by the function that loads encoders, and is built on their common parts.
 PAIRS = {("retriever.encoders", "retriever.openclip")}
 # The package gives out its one public class, when it is asked for it.
-LATE = {("retriever", "retriever.library")}
+# An answer shows itself in a notebook.
+LATE = {("retriever", "retriever.library"), ("retriever.search", "retriever.sheets")}
 
 TORCH = {"torch", "torchvision", "timm", "safetensors", "open_clip"}
 TORCH_HOMES = {
@@ -90,7 +101,16 @@ HOMES = {
     "watchfiles": {"retriever.watch"},
     "rapidfuzz": {"indexes.words"},
     "lark": {"retriever.where"},
-    "click": {"cli", "retriever.finding", "retriever.terminal", "retriever.upkeep"},
+    "click": {
+        "cli",
+        *(f"retriever.{name}" for name in ("finding", "serving", "terminal", "upkeep")),
+    },
+    "fastapi": {"retriever.web.app"},
+    "uvicorn": {"retriever.web.run"},
+    "prometheus_client": {"retriever.web.app"},
+    "sklearn": {"retriever.web.projection"},
+    "mcp": {"retriever.assistants"},
+    "chafa": {"retriever.preview"},
 }
 
 

@@ -121,17 +121,26 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile(block, "README.md", "exec"), names)
 
 
+PACKAGES = ("retriever", "retriever/web", "indexes")
+
+
 def test_the_file_tree_names_each_module_and_only_what_exists() -> None:
     (tree,) = (text for kind, text in FENCES if kind == "text" and "retriever/" in text)
     named: set[str] = set()
-    folder = ""
+    folders: list[str] = []
     for line in tree.splitlines():
         indent, name = re.fullmatch(r"( *)(\S+).*", line).groups()  # type: ignore[union-attr]
-        if not indent:
-            folder = name if name.endswith("/") else ""
-        named.add(folder + name if indent else name)
+        del folders[len(indent) // 2 :]
+        named.add("".join(folders) + name)
+        folders.append(name)
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
-    for pattern in ("*.py", "retriever/*.py", "indexes/*.py", "benchmarks/*.*"):
+    for pattern in (
+        "*.py",
+        "retriever/*.py",
+        "retriever/web/*.py",
+        "indexes/*.py",
+        "benchmarks/*.*",
+    ):
         there = {path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)}
         assert there - named == set(), pattern
 
