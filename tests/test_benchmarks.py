@@ -780,3 +780,24 @@ def test_slopes_are_those_of_the_upper_sizes() -> None:
     assert "index" not in slopes
     numbers["made_up"] = [{"pictures": n, "disk_mb": n**0.5, **everything} for n in (1, 10_000)]
     assert scale.slopes_of(numbers)["library on disk"] == 0.5
+
+
+def test_serve(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="needs the extra [web]")
+    colours = [*COLOURS, *COLOURS]
+    for number, colour in enumerate(colours):
+        picture = paint(tmp_path / "set" / f"{number}.png", colour, side=8 + number)
+        picture.with_suffix(".txt").write_text(f"{colour} number {number}", encoding="utf-8")
+    options = ["--questions", 5, "--clients", 3, "--seconds", 1, "--new-pictures", 3, "--runs", 1]
+    record = run_benchmark("serve", tmp_path / "set", *options, folder=tmp_path)
+    numbers = record["numbers"]
+    assert numbers["pictures"] == len(colours)
+    assert numbers["one_client"]["answers"] == 5
+    assert numbers["clients"]["answers"] > 3
+    assert numbers["clients"]["errors"] == numbers["while_indexing"]["errors"] == 0
+    assert numbers["shell"]["same"]
+    assert {one["what"] for one in numbers["bars"]} >= {"p50 of one client, ms"}
+
+
+def test_serve_without_the_data_is_no_failure(tmp_path: Path) -> None:
+    assert "skipped" in run_script("serve", tmp_path / "nowhere").stderr
