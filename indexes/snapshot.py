@@ -51,6 +51,7 @@ from indexes.records import (
     RootInfo,
     SearchPolicy,
     Status,
+    Term,
     WordMatch,
     in_order,
 )
@@ -762,9 +763,11 @@ class Snapshot:
         """The items whose captions, names and folders have most of a text's words; see `words`."""
         return words.search(self._connection, text, limit, among=among)
 
-    def word_scores(self, text: str, ids: Sequence[int] | Ids) -> NDArray[np.float32]:
-        """(n,) float32: what `words` scores these items; 0 where no word is."""
-        return words.scores(self._connection, text, ids)
+    def word_scores(
+        self, asked: str | Sequence[Term], ids: Sequence[int] | Ids
+    ) -> NDArray[np.float32]:
+        """(n,) float32: what `words` scores these items for a text or its terms; 0: no word."""
+        return words.scores(self._connection, asked, ids)
 
     def fit(self) -> Fit | None:
         """What was measured of this library for this model; None: nothing, or it is damaged."""

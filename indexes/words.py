@@ -56,6 +56,7 @@ COMMON = ((0.5, 1_000), (0.1, 10_000))
 # Items scored for a query, at most, which takes about 0.15 s. Words of which that would be more are
 # left out beside rarer ones; of one that is alone, the first items are taken.
 SCORED = 100_000
+MOST_STEMS = 20_000  # words whose stems are kept
 # Letters of a word that may be misspelt: shorter ones are all near to each other, longer ones none.
 LEAST_LETTERS, MOST_LETTERS = 5, 40
 LONG = 8  # letters of a word that may be two edits away, shorter ones one
@@ -310,10 +311,18 @@ def search(
 
 
 def scores(
-    connection: sqlite3.Connection, text: str, ids: Sequence[int] | NDArray[np.int64]
+    connection: sqlite3.Connection,
+    asked: str | Sequence[Term],
+    ids: Sequence[int] | NDArray[np.int64],
 ) -> NDArray[np.float32]:
-    """(n,) float32, the score of each of these items as `search` has it; 0 where no word is."""
-    plan = _Plan.of(connection, text)
+    """(n,) float32, the score of each of these items as `search` has it; 0 where no word is.
+
+    asked: a text, or the terms that `search` made of it, which need not be counted again.
+    """
+    if isinstance(asked, str):
+        plan = _Plan.of(connection, asked)
+    else:
+        plan = _Plan.by(asked, _total(connection))
     found = dict(plan.scored(connection, ids))
     return plan.shares([found.get(int(item_id), 0.0) for item_id in ids])
 
@@ -367,7 +376,11 @@ class _Plan:
             ):
                 kept.add(term)
                 so_far += term.count
-        terms = [replace(term, left_out=term not in kept) for term in spelt]
+        return cls.by([replace(term, left_out=term not in kept) for term in spelt], total)
+
+    @classmethod
+    def by(cls, terms: Sequence[Term], total: int) -> _Plan:
+        """The plan for these terms among so many items."""
         counted = [term for term in terms if not term.left_out]
         found = tuple(term.text for term in counted if term.count)
         most = (K1 + 1) * sum(_idf(total, term.count) for term in counted)
@@ -434,6 +447,21 @@ def _count(connection: sqlite3.Connection, word: str) -> int:
 
 def _stemmed(words: Sequence[str]) -> list[tuple[str, str]]:
     """Each word with what SQLite's tokenizer makes of it: "" if it sees no letter in it."""
+    known = {word: _known_stems.get(word) for word in words}
+    if fresh := [word for word, stem in known.items() if stem is None]:
+        found = dict(zip(fresh, _stems(fresh), strict=True))
+        if len(_known_stems) + len(found) > MOST_STEMS:
+            _known_stems.clear()
+        _known_stems.update(found)
+        known |= found
+    return [(word, known[word] or "") for word in words]
+
+
+# To ask SQLite takes a database with two tables, a millisecond in all: a tenth of a search.
+_known_stems: dict[str, str] = {}
+
+
+def _stems(words: Sequence[str]) -> list[str]:
     with closing(sqlite3.connect(":memory:")) as memory:
         memory.execute(f"CREATE VIRTUAL TABLE one USING fts5(text, tokenize = '{TOKENIZER}')")
         memory.execute("CREATE VIRTUAL TABLE places USING fts5vocab(one, instance)")
@@ -441,7 +469,7 @@ def _stemmed(words: Sequence[str]) -> list[tuple[str, str]]:
         stems = [""] * len(words)
         for place, stem in memory.execute("SELECT doc, term FROM places ORDER BY doc, offset"):
             stems[place] += f" {stem}" if stems[place] else stem
-    return list(zip(words, stems, strict=True))
+    return stems
 
 
 def _vocabulary(connection: sqlite3.Connection, first: str, last: str) -> dict[str, int]:

@@ -15,7 +15,7 @@ algorithms for middleware"), or to the 400 best of each, beyond which hardly any
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -180,25 +180,31 @@ class Channels:
                 for name, part in parts.items()
             }
             ids = {one for part in parts.values() for one in part.ids.tolist()}
-            known, channels = self.scores(np.array(sorted(ids), dtype=np.int64))
+            terms = parts["words"].terms
+            known, channels = self.scores(np.array(sorted(ids), dtype=np.int64), terms)
             ranking = _ranked(
                 known,
                 self.fusion.fuse(channels),
                 channels,
                 is_all=parts["image"].is_all,
-                terms=parts["words"].terms,
+                terms=terms,
             )
             is_sure = len(known) >= count and ranking.scores[count - 1] >= self.fusion.bound(last)
             if ranking.is_all or is_sure or depth >= DEEPEST:
                 return _first(ranking, count)
             depth *= 4
 
-    def scores(self, ids: Ids) -> tuple[Ids, dict[Channel, Scores]]:
-        """What each channel gives to these pictures; those that are gone by now are left out."""
+    def scores(
+        self, ids: Ids, terms: Sequence[Term] | None = None
+    ) -> tuple[Ids, dict[Channel, Scores]]:
+        """What each channel gives to these pictures; those that are gone by now are left out.
+
+        terms: what the words of the query are taken for, if that is known already.
+        """
         known, image = self._given("image", ids)
         with self.store.snapshot() as rows:
             owners = rows.caption_owners(rows.caption_ids(known))
-            words = rows.word_scores(self.text, known)
+            words = rows.word_scores(self.text if terms is None else terms, known)
         told, scores = self._given("caption", np.array(sorted(owners), dtype=np.int64))
         caption = np.full(len(known), np.nan, dtype=np.float32)
         places = np.searchsorted(known, [owners[one] for one in told.tolist()])
