@@ -102,6 +102,7 @@ class Encoder(Protocol):
       one a second time must change nothing.
     - `batch_size`: pictures that it would best encode at once.
     - `engine`: what has run it, for people to read.
+    - `stay()`: from now on single inputs are to be fast, whatever that costs once.
     """
 
     @property
@@ -210,6 +211,7 @@ class OnnxEncoder:
         self._inputs: Counter[Tower] = Counter()
         self._used: set[Tower] = set()
         self._guard = threading.Lock()  # of the three
+        self._stays = False
 
     @property
     def batch_size(self) -> int:
@@ -372,7 +374,7 @@ class OnnxEncoder:
             self._used.add(tower)
         run_all: RunAll = map
         size = CPU_BATCH[tower]
-        lanes = self._lanes_for(tower, n, first) if n > 1 else None
+        lanes = self._lanes_for(tower, n, first) if n > 1 or self._stays else None
         if lanes:
             run, run_all = lanes.run, lanes.map
         else:
@@ -381,6 +383,14 @@ class OnnxEncoder:
                 size = IMAGE_BATCH if tower == "image" else TEXT_BATCH
             run = partial(_first_output, session)
         return partial(self._checked_run, self.folder / f"{tower}.onnx", run), run_all, size
+
+    def stay(self) -> None:
+        """Runs single inputs as many are run: a text takes half the time, the first one a second.
+
+        For a process that answers for long; weights are rearranged, which takes memory. It stays
+        with ONNX Runtime, so that rows are those of a process that answers once.
+        """
+        self._stays = True
 
     def _query_session(self, tower: Tower) -> Any:
         return self._image_session if tower == "image" else self._text_session
@@ -393,7 +403,8 @@ class OnnxEncoder:
 
         with self._guard:
             self._inputs[tower] += n
-            is_soon = wanted_engine() == "auto" and self._inputs[tower] <= PATIENCE[tower]
+            has_time = self._stays or self._inputs[tower] > PATIENCE[tower]
+            is_soon = wanted_engine() == "auto" and not has_time
             if tower in self._lanes or is_soon or not self._is_on_cpu:
                 return self._lanes.get(tower)
             path = self.folder / f"{tower}.onnx"
@@ -406,7 +417,7 @@ class OnnxEncoder:
             self.__dict__.pop(f"_{tower}_session", None)
             try:
                 # Weights must lie beside it, and installers may put links in place of files.
-                self._lanes[tower] = Lanes(path.resolve(), trial, self._threads)
+                self._lanes[tower] = Lanes(path.resolve(), trial, self._threads, same=self._stays)
             except Exception as exc:  # see _session
                 raise EncoderError(f"{path} cannot be run: {first_line(exc)}") from exc
             return self._lanes[tower]

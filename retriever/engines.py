@@ -136,6 +136,7 @@ class Lanes:
         trial: some inputs and what they give in float32, (b, d), by which to judge bfloat16; None
             if it is not to be used.
         count: lanes; None is one for each core.
+        same: rows as those of a single run, by the same engine, unless another one was asked for.
 
     Raises:
         UsageError: as `wanted_engine`.
@@ -144,14 +145,19 @@ class Lanes:
     """
 
     def __init__(
-        self, path: Path, trial: tuple[Feed, Array] | None = None, count: int | None = None
+        self,
+        path: Path,
+        trial: tuple[Feed, Array] | None = None,
+        count: int | None = None,
+        *,
+        same: bool = False,
     ) -> None:
         from retriever.machine import cores
 
         wanted = wanted_engine()
         self.count = count or cores()
         self._run: Callable[[Feed], Array] | None = None
-        if wanted != "onnxruntime":
+        if wanted != "onnxruntime" and not (same and wanted == "auto"):
             try:
                 self._run, self.engine = _openvino(path, trial, self.count)
             except Exception:

@@ -244,6 +244,8 @@ class Library:
         base = self._reader(self.base_model)
         with self._guard:
             if not isinstance(base, BatchingEncoder):
+                if stay := getattr(base, "stay", None):
+                    stay()
                 self._base, self._tuned = BatchingEncoder(base), None
 
     @property

@@ -108,7 +108,7 @@ def test_the_engines_of_both_towers_are_named_where_they_differ(
 def test_a_query_and_a_few_pictures_start_no_other_engine(
     monkeypatch: pytest.MonkeyPatch, pixels: np.ndarray
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("not for a few")
 
     encoder = encoder_with(monkeypatch, "auto")
@@ -286,3 +286,12 @@ def test_a_model_of_links_to_its_files_runs(
     encoder = OnnxEncoder(tmp_path)
     rows = encoder.encode_texts(["a dog"]), encoder.encode_texts(["a dog", "a cat"])[:1]
     np.testing.assert_allclose(*rows, atol=1e-5)
+
+
+def test_an_encoder_that_stays_gives_the_same_rows():
+    once, staying = load_encoder("mini"), load_encoder("mini")
+    staying.stay()
+    for text in ("a red square", "two dogs run on the beach"):
+        assert staying.encode_texts([text]) == pytest.approx(once.encode_texts([text]), abs=1e-6)
+    assert staying._lanes.keys() == {"text"}
+    assert not once._lanes

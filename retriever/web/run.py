@@ -93,10 +93,11 @@ def run(
 def _bound(host: str, port: int) -> socket.socket:
     listener = None
     try:
-        [(family, kind, _, _, address), *_] = socket.getaddrinfo(
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        listener = socket.socket(family, kind)
+        # Of an unnamed protocol asyncio does not know that it must not wait for full packets.
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(BACKLOG)  # whoever comes before the server is ready waits for it
