@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -32,10 +33,21 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 60
 
 
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A private folder whose name is short enough for a socket's, as those of a test are not."""
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures, a library of them, and a folder for sockets that is private."""
-    place = tmp_path_factory.mktemp("p")
+def place() -> Iterator[Path]:
+    """A folder with pictures, a library of them, and a private folder for sockets; see `short`."""
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as folder:
+        yield fill(Path(folder))
+
+
+def fill(place: Path) -> Path:
     for colour in ("red", "green", "blue"):
         paint(place / "pictures" / f"{colour}.png", colour)
         (place / "pictures" / f"{colour}.txt").write_text(f"all {colour}", encoding="utf-8")
@@ -198,26 +210,27 @@ def test_what_a_killed_server_left_is_no_hindrance(place, monkeypatch):
     end(process)
 
 
-def test_a_folder_that_others_may_enter_is_not_trusted(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    folder = tmp_path / "retriever"
+def test_a_folder_that_others_may_enter_is_not_trusted(short, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    folder = short / "retriever"
     folder.mkdir(mode=0o755)
-    path = socket_path(tmp_path / "x.lib")
+    path = socket_path(short / "x.lib")
     assert path is not None
+    assert path.parent == folder
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.bind(str(path))
         listening.listen()
         assert not is_ours(folder)
         with pytest.raises(NotRunningError):
-            ask(tmp_path / "x.lib", {})
+            ask(short / "x.lib", {})
         folder.chmod(0o700)
         assert is_ours(folder)
 
 
-def test_an_answer_that_is_none_of_ours_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    (tmp_path / "retriever").mkdir(mode=0o700)
-    path = socket_path(tmp_path / "x.lib")
+def test_an_answer_that_is_none_of_ours_is_left_alone(short, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    (short / "retriever").mkdir(mode=0o700)
+    path = socket_path(short / "x.lib")
 
     async def talk(said: bytes) -> None:
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -227,7 +240,7 @@ def test_an_answer_that_is_none_of_ours_is_left_alone(tmp_path, monkeypatch):
 
         server = await asyncio.start_unix_server(answer, path)
         with pytest.raises(NotRunningError):
-            await asyncio.to_thread(ask, tmp_path / "x.lib", {})
+            await asyncio.to_thread(ask, short / "x.lib", {})
         server.close()
 
     for said in (b"", b"hello\n", b"[]\n", b'{"protocol": 99}\n', b'{"protocol":'):
@@ -414,3 +427,10 @@ def test_a_preview_of_a_picture_that_is_gone_names_it(toys, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
     assert _previewed(tmp_path / "one.png", "blocks").startswith(b"\x1b")
     assert b"none.png" in _previewed(tmp_path / "none.png", "blocks")
+
+
+def test_a_name_that_is_too_long_for_a_socket_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / ("x" * 90)))
+    path = socket_path(tmp_path / "x.lib")
+    assert path is not None
+    assert len(os.fsencode(path)) < 104
