@@ -56,7 +56,8 @@ def ask(library: Path, request: dict[str, Any]) -> dict[str, Any]:
     Raises NotRunningError if there is none, or none that understands it.
     """
     path = socket_path(library)
-    if path is None or not (path.exists() and is_ours(path.parent)):
+    # Unlike Path.exists this raises nothing where a folder on the way may not be entered.
+    if path is None or not (os.access(path, os.W_OK) and is_ours(path.parent)):
         raise NotRunningError
     import socket  # who asks no server needs none
 

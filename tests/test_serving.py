@@ -227,6 +227,23 @@ def test_a_folder_that_others_may_enter_is_not_trusted(short, monkeypatch):
         assert is_ours(folder)
 
 
+def test_a_folder_that_may_not_even_be_looked_into_has_no_server(short, monkeypatch):
+    """As after `sudo -u somebody`, which leaves the variable as it was."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short / "locked"))
+    (short / "locked" / "retriever").mkdir(parents=True)
+    (short / "locked").chmod(0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(NotRunningError):
+            ask(Path("x.lib"), {})
+    finally:
+        if is_root:
+            os.seteuid(0)
+        (short / "locked").chmod(0o700)
+
+
 def test_an_answer_that_is_none_of_ours_is_left_alone(short, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
     (short / "retriever").mkdir(mode=0o700)
