@@ -27,7 +27,8 @@ else:
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,21 @@ class Query:
         if self.texts and self.images:
             return None
         return "text" if self.texts else "image"
+
+    def beside(
+        self,
+        images: Sequence[tuple[Path | Image.Image, float]],
+        without: Sequence[str | Path],
+        *,
+        text_weight: float = 1.0,
+    ) -> Query:
+        """The same with further pictures and exclusions, and its texts weighed beside those."""
+        return replace(
+            self,
+            texts=tuple((text, weight * text_weight) for text, weight in self.texts),
+            images=(*self.images, *images),
+            without=(*self.without, *without),
+        )
 
 
 @dataclass(frozen=True, slots=True)

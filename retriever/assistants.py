@@ -23,6 +23,7 @@ from retriever.errors import PictureError, RetrieverError, UsageError, printable
 from retriever.sheets import small_jpeg
 
 if TYPE_CHECKING:
+    from indexes.records import ItemRow
     from retriever.library import Library
     from retriever.search import Hit
 
@@ -136,9 +137,7 @@ def server(library: Library) -> MCPServer[Any]:
         side: Annotated[int, Field(ge=64, le=1536, description="Pixels of the longer side.")] = 768,
     ) -> list[Any]:
         """Look at a picture, with all that is known of it."""
-        item = library.item(id)
-        if item is None:
-            raise UsageError(f"there is no picture {id} in the library")
+        item = _item(library, id)
         record = {
             "path": printable(item.path),
             "captions": [one.text for one in item.captions],
@@ -172,11 +171,15 @@ def server(library: Library) -> MCPServer[Any]:
 def _file(library: Library, named: str) -> Path:
     """The picture that is meant: one of the library by its id, or a file."""
     if named.isascii() and named.isdigit() and len(named) < 19:
-        item = library.item(int(named))
-        if item is None:
-            raise UsageError(f"there is no picture {named} in the library")
-        return item.path
+        return _item(library, int(named)).path
     return Path(named).expanduser()
+
+
+def _item(library: Library, item_id: int) -> ItemRow:
+    found = library.item(item_id)
+    if found is None:
+        raise UsageError(f"there is no picture {item_id} in the library")
+    return found
 
 
 def _told(answer: Any, with_thumbnails: bool) -> list[Any]:

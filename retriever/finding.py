@@ -3,13 +3,13 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from retriever.errors import UsageError
+from retriever.preview import KINDS
 from retriever.replies import Format, Reply, Request, reply
 from retriever.terminal import (
     FILE,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from retriever.library import Library
     from retriever.preview import Kind
 
-KINDS = ("kitty", "iterm2", "sixel", "blocks")  # as `retriever.preview`, which needs an extra
 PREVIEW_SIDE = 320  # pixels that a picture is made ready from
 MODES = ("image", "caption", "words", "hybrid")  # as `retriever.channels`, which imports numpy
 
@@ -246,11 +245,10 @@ def _query(
     from retriever.asking import Query, parse, picture
 
     query = parse(words) if words else Query()
-    return replace(
-        query,
-        texts=tuple((text, weight * text_weight) for text, weight in query.texts),
-        images=(*query.images, *((path, image_weight) for path in images)),
-        without=(*query.without, *(picture(one) or one for one in without)),
+    return query.beside(
+        [(path, image_weight) for path in images],
+        [picture(one) or one for one in without],
+        text_weight=text_weight,
     )
 
 

@@ -45,8 +45,9 @@ if TYPE_CHECKING:
     from retriever.duplicates import Duplicates
     from retriever.encoders import Encoder
     from retriever.exchange import ExportReport, ImportReport
+    from retriever.explain import Explanation
     from retriever.ingest import Failure, IndexReport, Progress
-    from retriever.search import Answer, CaptionHit, Searcher
+    from retriever.search import Answer, CaptionHit, Hit, Searcher
     from retriever.tuning import TuneConfig, TuneReport
 
 DEFAULT_K = 10
@@ -536,6 +537,21 @@ class Library:
             min_confidence=min_confidence,
         )
 
+    def explain(self, hits: Sequence[Hit], query: Query, mode: Mode) -> list[Explanation]:
+        """Why each of these hits answers a query, in their order; see `retriever.explain`.
+
+        Args:
+            hits: what `search` found, or some of it.
+            query: as it was searched for.
+            mode: what they were found by, as the answer tells.
+
+        Raises as `search` does for the query.
+        """
+        from retriever.explain import explain
+
+        searcher = self.searcher
+        return explain(hits, query, mode, searcher.channels, searcher.calibration())
+
     def captions_for(
         self,
         image: str | Path | Image.Image,
@@ -660,9 +676,7 @@ class Library:
         from indexes.records import unit_rows
 
         with self._store.snapshot() as rows:
-            there = np.concatenate(
-                [ids for ids, _ in rows.vectors("image")] or [np.empty(0, dtype=np.int64)]
-            )
+            there = rows.ids_after("image", -1)
             if len(there) > most:
                 there = there[np.linspace(0, len(there) - 1, most).round().astype(np.int64)]
             vectors = rows.embeddings("image", there.tolist())

@@ -10,13 +10,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from indexes.files import absolute
 from retriever.errors import plain, printable
 
 if TYPE_CHECKING:
     from retriever.asking import Query
     from retriever.channels import Mode
+    from retriever.explain import Explanation
     from retriever.library import Library
-    from retriever.search import Answer, CaptionHit, Hit
+    from retriever.search import CaptionHit, Hit
 
 Format = Literal["lines", "json", "paths", "null"]
 
@@ -151,10 +153,8 @@ def reply(library: Library, request: Request) -> Found:
         min_confidence=request.min_confidence,
     )
     told += answer.notes
-    if answer.is_match is False and answer:
-        from retriever.search import NO_MATCH
-
-        told.append(NO_MATCH)
+    if answer.message:
+        told.append(answer.message)
     empty = None
     if not answer and not answer.notes:
         empty = _nothing(request, "pictures")
@@ -163,7 +163,9 @@ def reply(library: Library, request: Request) -> Found:
         end = b"\0" if request.format == "null" else b"\n"
         raw = b"".join(os.fsencode(hit.path) + end for hit in answer)
         return Found(Reply(raw=raw, told=tuple(told), empty=empty), answer)
-    reasons = _reasons(library, query, answer) if request.explain else [None] * len(answer)
+    reasons: Sequence[Explanation | None] = [None] * len(answer)
+    if request.explain:
+        reasons = library.explain(answer, query, answer.mode)
     groups = tuple(
         _lines(hit, reason, request.format) for hit, reason in zip(answer, reasons, strict=True)
     )
@@ -172,17 +174,10 @@ def reply(library: Library, request: Request) -> Found:
 
 def _absolute(picture: object) -> str:
     assert isinstance(picture, Path), "the command line names files"
-    return os.path.abspath(picture)  # noqa: PTH100 (Path.resolve would follow links)
+    return os.fspath(absolute(picture))
 
 
-def _reasons(library: Library, query: Query, answer: Answer) -> list[Any]:
-    from retriever.explain import explain
-
-    searcher = library.searcher
-    return explain(answer, query, answer.mode, searcher.channels, searcher.calibration())
-
-
-def _lines(hit: Hit, reason: Any, form: Format) -> tuple[str, ...]:
+def _lines(hit: Hit, reason: Explanation | None, form: Format) -> tuple[str, ...]:
     if form == "json":
         record = {
             "rank": hit.rank,

@@ -98,11 +98,16 @@ class Answer(Sequence[Hit]):
     def __len__(self) -> int:
         return len(self.hits)
 
+    @property
+    def message(self) -> str | None:
+        """What people are told before the hits if none of them is a match."""
+        return NO_MATCH if self.is_match is False and self.hits else None
+
     def _repr_html_(self) -> str:
         """What a notebook shows: thumbnails with captions and scores."""
         from retriever.sheets import grid
 
-        return grid(self.hits, NO_MATCH if self.is_match is False and self.hits else None)
+        return grid(self.hits, self.message)
 
 
 @dataclass(frozen=True, slots=True)

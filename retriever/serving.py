@@ -6,12 +6,21 @@ from typing import TYPE_CHECKING
 import click
 
 from retriever.errors import MissingExtraError
-from retriever.terminal import ByteSize, encoder_options, library_option, open_library, shown
+from retriever.terminal import (
+    ByteSize,
+    default_library,
+    encoder_options,
+    library_option,
+    open_library,
+    shown,
+)
 
 if TYPE_CHECKING:
     from retriever.library import Library
 
 PORT = 8765
+# Packages of the extra [web].
+_NEEDED = {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client", "multipart"}
 
 
 def add_to(main: click.Group) -> None:
@@ -93,7 +102,6 @@ def serve(
         if exc.name and exc.name.partition(".")[0] in _NEEDED:
             raise MissingExtraError("The server", "web") from exc
         raise
-    from retriever.terminal import default_library
 
     paths = library_paths or (Path(default_library()),)
     libraries: dict[str, Library] = {}
@@ -136,9 +144,6 @@ def mcp(library_path: Path, device: str, threads: int | None) -> None:
         raise
     with open_library(library_path, device, threads) as library:
         server(library).run()
-
-
-_NEEDED = {"fastapi", "uvicorn", "starlette", "pydantic", "prometheus_client", "multipart"}
 
 
 def _name(path: Path, taken: "dict[str, Library]") -> str:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from retriever.errors import PictureError, printable
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from retriever.search import Answer, Hit
 
 SIDE = 320  # pixels of a thumbnail's longer side
@@ -26,22 +28,24 @@ _GRID = (
 _THUMBNAIL = "width:100%;aspect-ratio:4/3;object-fit:cover;border-radius:6px"
 
 
-def small_jpeg(path: Path, side: int = SIDE) -> bytes:
+def small_jpeg(picture: Path | Image.Image, side: int, *, progressive: bool = False) -> bytes:
     """A picture as JPEG, at most `side` pixels on its longer side; raises PictureError."""
     from PIL import Image
 
-    from retriever.data import read_image
+    if isinstance(picture, Path):
+        from retriever.data import read_image
 
-    small = read_image(path, target=side).image
+        picture = read_image(picture, target=side).image
+    small = picture.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    small.save(buffer, "JPEG", quality=QUALITY, optimize=True, progressive=progressive)
     return buffer.getvalue()
 
 
-def data_uri(path: Path, side: int = SIDE) -> str:
+def data_uri(path: Path) -> str:
     """A small JPEG of a picture that a page holds in itself; raises PictureError."""
-    return f"data:image/jpeg;base64,{base64.b64encode(small_jpeg(path, side)).decode('ascii')}"
+    return f"data:image/jpeg;base64,{base64.b64encode(small_jpeg(path, SIDE)).decode('ascii')}"
 
 
 # ── a notebook ───────────────────────────────────────────────────────────────────────────────────
@@ -108,16 +112,14 @@ def bar(score: float) -> str:
 
 def answer_sheet(question: str, answer: Answer) -> str:
     """A page with all pictures of an answer; one that cannot be read any more is named."""
-    from retriever.search import NO_MATCH
-
     cards = []
     for hit in answer:
         try:
             cards.append(figure(hit.path, hit.caption or "", score=hit.score))
         except PictureError as error:
             cards.append(f"<figure><figcaption>{html.escape(str(error))}</figcaption></figure>")
-    notes = [*answer.notes, *([NO_MATCH] if answer.is_match is False and answer else [])]
-    told = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
+    notes = (*answer.notes, answer.message)
+    told = "".join(f"<p>{html.escape(note)}</p>" for note in notes if note)
     body = f'{told}<div class="cards all">{"".join(cards)}</div>'
     count = f"{len(answer)} picture{'' if len(answer) == 1 else 's'}"
     return page(question, f"{count} found by {answer.mode}.", [section(question, body)])

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from http import HTTPStatus
@@ -26,21 +25,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from indexes.errors import InvalidConditionError, StoreError
 from retriever import __version__, asking
+from retriever.channels import Mode
 from retriever.errors import PictureError, RetrieverError, UsageError, printable
-from retriever.explain import explain, heat_map, overlay
+from retriever.explain import Explanation, heat_map, overlay
 from retriever.library import Library
-from retriever.search import NO_MATCH, Hit
+from retriever.search import Hit
 from retriever.web import schemas
 from retriever.web.guard import Guard, problem
 from retriever.web.local import listening
-from retriever.web.schemas import MOST_PARTS, MOST_RESULTS, Id, Mode, Number, Text
+from retriever.web.schemas import MOST_PARTS, MOST_RESULTS, Id, Number, Text
 from retriever.web.service import BusyError, NotFoundError, Service, Shelf, content_key
 from retriever.web.thumbnails import SIZES
 
 STATIC = Path(__file__).parent / "static"
 LOG = logging.getLogger("retriever.web")
 PROBLEM = "application/problem+json"
-FOREVER = "private, max-age=31536000, immutable"
 TICK = 1.0  # seconds between two looks at whether a library has changed
 STREAM_SECONDS = 600.0  # browsers ask again by themselves
 
@@ -241,11 +240,10 @@ def _query(service: Service, shelf: Shelf, asked: Asked, uploads: Sequence[bytes
         *(service.uploaded(data) for data in uploads),
     ]
     shunned = [service.item(shelf, one).path for one in asked.without_ids]
-    query = replace(
-        query,
-        texts=tuple((text, weight * asked.text_weight) for text, weight in query.texts),
-        images=tuple((one, asked.image_weight) for one in pictures),
-        without=(*query.without, *asked.without, *shunned),
+    query = query.beside(
+        [(one, asked.image_weight) for one in pictures],
+        [*asked.without, *shunned],
+        text_weight=asked.text_weight,
     )
     if not (query.texts or query.images):
         raise UsageError("say what to look for: a text, a picture, or both")
@@ -269,12 +267,14 @@ def _search(
         min_confidence=wanted.min_confidence,
     )
     hits = answer.hits[wanted.offset : last]
-    reasons = _reasons(shelf, query, answer.mode, hits) if wanted.explain else [None] * len(hits)
+    reasons: Sequence[Explanation | None] = [None] * len(hits)
+    if wanted.explain:
+        reasons = shelf.library.explain(hits, query, answer.mode)
     return schemas.Answer(
         library=shelf.name,
         mode=answer.mode,
         is_match=answer.is_match,
-        message=NO_MATCH if answer.is_match is False and answer else None,
+        message=answer.message,
         notes=list(answer.notes),
         offset=wanted.offset,
         more=len(answer) > last and last < MOST_RESULTS,
@@ -283,7 +283,7 @@ def _search(
     )
 
 
-def _found(hit: Hit, reason: dict[str, Any] | None) -> schemas.Found:
+def _found(hit: Hit, reason: Explanation | None) -> schemas.Found:
     return schemas.Found(
         rank=hit.rank,
         score=round(hit.score, 6),
@@ -293,16 +293,8 @@ def _found(hit: Hit, reason: dict[str, Any] | None) -> schemas.Found:
         path=printable(hit.path),
         caption=hit.caption,
         duplicates=hit.duplicates,
-        explain=reason,
+        explain=reason.as_json() if reason else None,
     )
-
-
-def _reasons(
-    shelf: Shelf, query: asking.Query, mode: Mode, hits: Sequence[Hit]
-) -> list[dict[str, Any]]:
-    searcher = shelf.library.searcher
-    found = explain(hits, query, mode, searcher.channels, searcher.calibration())
-    return [one.as_json() for one in found]
 
 
 def _why(service: Service, item_id: int, asked: Asked) -> dict[str, Any]:
@@ -311,8 +303,9 @@ def _why(service: Service, item_id: int, asked: Asked) -> dict[str, Any]:
     query = _query(service, shelf, asked, [])
     mode = asked.mode or shelf.library.search(query, k=1, where=asked.where).mode
     caption = shelf.library.nearest_caption(query, item_id)
-    [reason] = _reasons(shelf, query, mode, [Hit(1, 0.0, item.path, caption, item_id)])
-    return reason
+    hit = Hit(1, 0.0, item.path, caption, item_id)
+    [reason] = shelf.library.explain([hit], query, mode)
+    return reason.as_json()
 
 
 def _heat(service: Service, item_id: int, asked: Asked) -> bytes:

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from retriever.channels import Mode
+
 MOST_RESULTS = 1000  # answers that can be reached by paging
 MOST_TEXT = 2000  # characters of a query
 MOST_PARTS = 16  # of what is left out, and of pictures to ask with
-Mode = Literal["image", "caption", "words", "hybrid"]
 # A NUL is no text that a person types, and C libraries end there.
 Text = Annotated[str, StringConstraints(max_length=MOST_TEXT, pattern=r"^[^\x00]*$")]
 Number = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]

@@ -24,8 +24,9 @@ from PIL import Image
 from indexes.records import ItemRow
 from retriever.errors import PictureError, RetrieverError, UsageError
 from retriever.library import Library
+from retriever.sheets import small_jpeg
 from retriever.web.projection import Map
-from retriever.web.thumbnails import SIZES, Thumbnails, small_jpeg
+from retriever.web.thumbnails import SIZES, Thumbnails
 from retriever.workers import DecodeWorkers
 
 T = TypeVar("T")
@@ -184,7 +185,8 @@ class Service:
                     return data, kind
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             pass  # missing, or of a kind that takes more to read: below, it is told which
-        return small_jpeg(self.decoded(item, SIZES[-1]), 2 * SIZES[-1]), "image/jpeg"
+        large = self.decoded(item, SIZES[-1])
+        return small_jpeg(large, 2 * SIZES[-1], progressive=True), "image/jpeg"
 
 
 def content_key(item: ItemRow) -> str:

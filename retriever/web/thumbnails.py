@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections.abc import Callable
@@ -10,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from retriever.sheets import small_jpeg
+
 if TYPE_CHECKING:
     from PIL import Image
 
 SIZES = (160, 320, 640, 1280)  # pixels of the longer side
-DEFAULT_BYTES = 512 << 20
-QUALITY = 82
 _SWEEP = 0.8  # of the bound is left after a sweep, so that the next is not due at once
 
 
@@ -26,7 +25,7 @@ class Thumbnails:
     made again.
     """
 
-    def __init__(self, folder: Path, most_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(self, folder: Path, most_bytes: int) -> None:
         self._folder = folder
         self._most_bytes = most_bytes
         self._guard = threading.Lock()
@@ -48,7 +47,7 @@ class Thumbnails:
             found = file.read_bytes()
             os.utime(file)  # many systems do not keep the time of the last reading
             return found
-        data = small_jpeg(make(), size)
+        data = small_jpeg(make(), size, progressive=size > SIZES[1])
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             # Never seen half-written; of a cache nothing needs to outlive a power cut.
@@ -83,14 +82,3 @@ class Thumbnails:
                 status = file.stat()
                 found.append((status.st_mtime_ns, status.st_size, file))
         return found
-
-
-def small_jpeg(picture: Image.Image, size: int) -> bytes:
-    """A picture as JPEG, at most `size` pixels on its longer side."""
-    from PIL import Image
-
-    small = picture.convert("RGB")
-    small.thumbnail((size, size), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=QUALITY, optimize=True, progressive=size > SIZES[1])
-    return buffer.getvalue()
