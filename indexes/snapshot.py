@@ -51,10 +51,10 @@ from indexes.records import (
     RootInfo,
     SearchPolicy,
     Status,
-    Term,
     WordMatch,
     in_order,
 )
+from indexes.words import WordLists
 
 if TYPE_CHECKING:
     from indexes.filters import Condition
@@ -720,6 +720,20 @@ class Snapshot:
         )
         return {row_id: (item_id, CaptionRow(*caption)) for row_id, item_id, *caption in rows}
 
+    def embedded_captions(self, item_ids: Collection[int]) -> list[tuple[int, CaptionRow, Vectors]]:
+        """(item id, caption, its (d,) embedding) of all captions of some items, by caption id."""
+        rows = self._each(
+            # Said so that SQLite does not read all captions, or all embeddings, to find these.
+            "SELECT item_id, text, source, vector FROM captions CROSS JOIN caption_embeddings"
+            " ON owner_id = captions.id AND model_id = :model"
+            " WHERE item_id IN (SELECT value FROM json_each(:ids)) ORDER BY +captions.id",
+            ids=words.listed(item_ids),
+        )
+        return [
+            (item_id, CaptionRow(text, source), np.frombuffer(vector, dtype="<f2"))
+            for item_id, text, source, vector in rows
+        ]
+
     def caption_ids(self, item_ids: Collection[int] | Ids) -> list[int]:
         """Ids of the captions of these items, by item and position; quick for 100,000 items."""
         rows = self._each(
@@ -728,6 +742,16 @@ class Snapshot:
             ids=words.listed(item_ids),
         )
         return [caption_id for (caption_id,) in rows]
+
+    def captions_of(self, item_ids: Collection[int] | Ids) -> dict[int, int]:
+        """The item of each caption of these items, by caption id."""
+        return dict(
+            self._each(
+                "SELECT id, item_id FROM captions WHERE item_id IN"
+                " (SELECT value FROM json_each(:ids))",
+                ids=words.listed(item_ids),
+            )
+        )
 
     def caption_owners(self, caption_ids: Collection[int] | Ids) -> dict[int, int]:
         """The item of each of these captions that exist, by caption id."""
@@ -758,16 +782,23 @@ class Snapshot:
         return select(self._connection, condition)
 
     def words(
-        self, text: str, limit: int, *, among: Collection[int] | Ids | None = None
+        self,
+        text: str,
+        limit: int | None = None,
+        *,
+        among: Collection[int] | Ids | None = None,
+        lists: WordLists | None = None,
     ) -> WordMatch:
         """The items whose captions, names and folders have most of a text's words; see `words`."""
-        return words.search(self._connection, text, limit, among=among)
+        return words.search(self._connection, text, limit, among=among, lists=lists)
 
-    def word_scores(
-        self, asked: str | Sequence[Term], ids: Sequence[int] | Ids
-    ) -> NDArray[np.float32]:
-        """(n,) float32: what `words` scores these items for a text or its terms; 0: no word."""
-        return words.scores(self._connection, asked, ids)
+    def word_lists(self) -> WordLists:
+        """All items as `words` can take them, while the store stays as it is."""
+        return WordLists(self._connection)
+
+    def word_scores(self, text: str, ids: Sequence[int] | Ids) -> NDArray[np.float32]:
+        """(n,) float32: what `words` scores these items for a text; 0: no word."""
+        return words.scores(self._connection, text, ids)
 
     def fit(self) -> Fit | None:
         """What was measured of this library for this model; None: nothing, or it is damaged."""

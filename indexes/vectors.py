@@ -555,8 +555,11 @@ def _selector(first: int, last: int, allowed: Mask | None) -> Any:
 
 
 def _each(work: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
-    """What `work` gives for each part, in threads of their own if there are several."""
-    return [work(parts[0])] if len(parts) == 1 else list(_pool().map(work, parts))
+    """What `work` gives for each part, in threads of ours.
+
+    In others FAISS would wake its own for each query, of which all but one only wait, in a loop.
+    """
+    return list(_pool().map(work, parts))
 
 
 @functools.cache

@@ -46,7 +46,7 @@ COLUMNS = ("captions", "name", "folders")
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 # Private use, yet a token for SQLite: no phrase reaches over it.
 GAP = "\ue000"
-K1 = 1.2
+K1, B = 1.2, 0.75
 LEAST_IDF = 1e-6
 
 # A word is common, and left out beside rarer ones, if it stands in more than one of these shares of
@@ -293,38 +293,33 @@ def _expected(connection: sqlite3.Connection, ids: Collection[int] | None = None
 def search(
     connection: sqlite3.Connection,
     text: str,
-    limit: int,
+    limit: int | None = None,
     *,
     among: Collection[int] | NDArray[np.int64] | None = None,
+    lists: WordLists | None = None,
 ) -> WordMatch:
     """The items that have most of a query's words, at most `limit`; `among`: those ids alone.
+
+    Without a limit they are all that have any word that is looked for, up to SCORED. The answer is
+    the same with `lists` of the table, which must be as it was when they were made.
 
     Words that no item has are taken for the nearest that one has, and common words are left out
     beside rarer ones; `terms` says which.
     """
-    plan = _Plan.of(connection, text)
-    found = plan.scored(connection, among, limit)
-    ids = np.array([item_id for item_id, _ in found], dtype=np.int64)
-    scores = plan.shares([score for _, score in found])
-    order = np.lexsort((ids, -scores))
+    plan = _Plan.of(connection, text, lists)
+    ids, scores = plan.scored(connection, among, limit, lists)
+    order = np.lexsort((ids, -scores))[:limit]
     return WordMatch(ids[order], scores[order], plan.terms)
 
 
 def scores(
-    connection: sqlite3.Connection,
-    asked: str | Sequence[Term],
-    ids: Sequence[int] | NDArray[np.int64],
+    connection: sqlite3.Connection, text: str, ids: Sequence[int] | NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """(n,) float32, the score of each of these items as `search` has it; 0 where no word is.
-
-    asked: a text, or the terms that `search` made of it, which need not be counted again.
-    """
-    if isinstance(asked, str):
-        plan = _Plan.of(connection, asked)
-    else:
-        plan = _Plan.by(asked, _total(connection))
-    found = dict(plan.scored(connection, ids))
-    return plan.shares([found.get(int(item_id), 0.0) for item_id in ids])
+    """(n,) float32, the score of each of these items as `search` has it; 0 where no word is."""
+    plan = _Plan.of(connection, text)
+    known, shares = plan.scored(connection, ids)
+    found = dict(zip(known.tolist(), shares.tolist(), strict=True))
+    return np.array([found.get(int(item_id), 0.0) for item_id in ids], dtype=np.float32)
 
 
 def expression(
@@ -355,11 +350,14 @@ class _Plan:
     most: float
 
     @classmethod
-    def of(cls, connection: sqlite3.Connection, text: str) -> _Plan:
+    def of(cls, connection: sqlite3.Connection, text: str, lists: WordLists | None = None) -> _Plan:
         # By stem: a word that is there twice counts once.
         words = {stem: word for word, stem in reversed(_stemmed(asked(text))) if stem}
-        counts = {stem: _count(connection, word) for stem, word in reversed(words.items())}
-        total = _total(connection)
+        counts = {
+            stem: _count(connection, word) if lists is None else lists.count(connection, stem)
+            for stem, word in reversed(words.items())
+        }
+        total = _total(connection) if lists is None else len(lists.ids)
         is_foreign = sum(not count for count in counts.values()) > MISSPELT
         spelt = [
             Term(words[stem], count)
@@ -376,41 +374,107 @@ class _Plan:
             ):
                 kept.add(term)
                 so_far += term.count
-        return cls.by([replace(term, left_out=term not in kept) for term in spelt], total)
-
-    @classmethod
-    def by(cls, terms: Sequence[Term], total: int) -> _Plan:
-        """The plan for these terms among so many items."""
+        terms = tuple(replace(term, left_out=term not in kept) for term in spelt)
         counted = [term for term in terms if not term.left_out]
         found = tuple(term.text for term in counted if term.count)
         most = (K1 + 1) * sum(_idf(total, term.count) for term in counted)
-        return cls(tuple(terms), found, most)
+        return cls(terms, found, most)
 
     def scored(
         self,
         connection: sqlite3.Connection,
         among: Collection[int] | NDArray[np.int64] | None,
-        limit: int = -1,
-    ) -> list[tuple[int, float]]:
-        """Ids and SQLite's scores, the best first."""
+        limit: int | None = None,
+        lists: WordLists | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Ids of items that have any of the words, and their scores, in any order."""
         if not self.words or (among is not None and not len(among)):
-            return []
-        # The plus keeps SQLite from asking for each id by itself.
-        which = "" if among is None else f"AND +rowid IN {_GIVEN}"
-        return connection.execute(
-            "SELECT id, score FROM (SELECT rowid AS id, -bm25(words) AS score FROM words"
-            f" WHERE words MATCH :asks {which} LIMIT {SCORED})"
-            " ORDER BY score DESC, id LIMIT :limit",
-            {
-                "asks": " OR ".join(map(_quoted, self.words)),
-                "ids": None if among is None else listed(among),
-                "limit": limit,
-            },
-        ).fetchall()
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        if lists is not None:
+            stems = [stem for _, stem in _stemmed(self.words)]
+            ids, raw = lists.sums(connection, stems)
+            if among is not None:
+                is_asked = np.isin(ids, among if isinstance(among, np.ndarray) else [*among])
+                ids, raw = ids[is_asked], raw[is_asked]
+        else:
+            # The plus keeps SQLite from asking for each id by itself.
+            which = "" if among is None else f"AND +rowid IN {_GIVEN}"
+            found = connection.execute(
+                "SELECT id, score FROM (SELECT rowid AS id, -bm25(words) AS score FROM words"
+                f" WHERE words MATCH :asks {which} LIMIT {SCORED})"
+                " ORDER BY score DESC, id LIMIT :limit",
+                {
+                    "asks": " OR ".join(map(_quoted, self.words)),
+                    "ids": None if among is None else listed(among),
+                    "limit": -1 if limit is None else limit,
+                },
+            ).fetchall()
+            ids = np.array([item_id for item_id, _ in found], dtype=np.int64)
+            raw = np.array([score for _, score in found], dtype=np.float64)
+        return ids, (raw / (self.most or 1.0)).astype(np.float32)
 
-    def shares(self, scores: Sequence[float]) -> NDArray[np.float32]:
-        """SQLite's scores as shares of the most that there could be."""
-        return (np.array(scores, dtype=np.float64) / (self.most or 1.0)).astype(np.float32)
+
+class WordLists:
+    """The items of each word in memory, for who asks often of a table that stays as it is.
+
+    SQLite takes a microsecond for each item that it scores, of which a query has thousands. Here a
+    word's items are read when it is first looked for, and cost a hundredth of that from then on.
+
+    Attributes:
+        ids: (n,) int64, of all items, ascending.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        rows = connection.execute("SELECT id, sz FROM words_docsize ORDER BY id").fetchall()
+        self.ids = np.array([item_id for item_id, _ in rows], dtype=np.int64)
+        lengths = (
+            _varints(b"".join(sizes for _, sizes in rows)).reshape(-1, len(COLUMNS)).sum(axis=1)
+        )
+        average = lengths.mean() if lengths.any() else 1.0
+        self._damping = K1 * (1 - B + B * lengths / average)
+        self._of: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+
+    def count(self, connection: sqlite3.Connection, stem: str) -> int:
+        """In how many items a word stands."""
+        return len(self._worth(connection, stem)[0])
+
+    def sums(
+        self, connection: sqlite3.Connection, stems: Iterable[str]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Ids of items that have any of some words, and what those are worth together."""
+        scores = np.zeros(len(self.ids))
+        for stem in stems:
+            places, worth = self._worth(connection, stem)
+            scores[places] += worth
+        has_any = np.flatnonzero(scores)
+        return self.ids[has_any], scores[has_any]
+
+    def _worth(
+        self, connection: sqlite3.Connection, stem: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Places in `ids` of the items that have a word, and what it is worth to each."""
+        if stem not in self._of:
+            found = connection.execute(
+                "SELECT doc, count(*) FROM words_places WHERE term = ? GROUP BY doc", (stem,)
+            ).fetchall()
+            ids, often = np.array(found, dtype=np.int64).reshape(-1, 2).T
+            places = np.searchsorted(self.ids, ids)
+            idf = _idf(len(self.ids), len(ids))
+            self._of[stem] = (
+                places,
+                idf * (K1 + 1) * often / (often + self._damping[places]),
+            )
+        return self._of[stem]
+
+
+def _varints(packed: bytes) -> NDArray[np.int64]:
+    """Numbers as SQLite packs them: seven bits a byte, the highest first, the last below 128."""
+    data = np.frombuffer(packed, dtype=np.uint8)
+    ends = np.flatnonzero(data < 0x80)
+    places = np.arange(len(data))
+    which = np.searchsorted(ends, places)
+    values = (data & 0x7F).astype(np.int64) << 7 * (ends[which] - places)
+    return np.bincount(which, weights=values, minlength=len(ends)).astype(np.int64)
 
 
 def _quoted(words: str) -> str:

@@ -15,15 +15,18 @@ algorithms for middleware"), or to the 400 best of each, beyond which hardly any
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+import os
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from indexes.records import Kind, Source, Term
+    from indexes.records import Kind, Source, Term, WordMatch
     from indexes.store import Store
 
 Channel = Literal["image", "caption", "words"]
@@ -31,6 +34,7 @@ CHANNELS: tuple[Channel, ...] = ("image", "caption", "words")
 Mode = Literal["image", "caption", "words", "hybrid"]
 MODES: tuple[Mode, ...] = (*CHANNELS, "hybrid")
 
+T = TypeVar("T")
 Ids = NDArray[np.int64]
 Rows = NDArray[np.float32]
 Scores = NDArray[np.float32]
@@ -123,6 +127,7 @@ class Channels:
     among: Ids | None = None
     exact: bool = False
     fusion: Fusion = field(default=FALLBACK)
+    heard: WordMatch | None = None  # all that have any of the words, were it known already
 
     def best(self, mode: Mode, count: int) -> Ranking:
         """The `count` best pictures; fewer only if no others have anything in this mode.
@@ -171,45 +176,97 @@ class Channels:
         return _ranked(ids, scores, {name: scores}, is_all=is_all)
 
     def _hybrid(self, count: int) -> Ranking:
+        words = self._words()
         depth = max(DEPTH, DEPTH_PER_RESULT * count)
         while True:
-            parts = {name: self._channel(name, depth) for name in CHANNELS}
+            looked = aside(self._channel, "image", depth)
+            told = self._channel("caption", depth)
+            parts: dict[Channel, Ranking] = {
+                "image": looked.result(),
+                "caption": told,
+                "words": _first(words, depth),
+            }
             # A channel that came to its end has nothing for what it has not shown.
-            last = {
+            last: dict[Channel, float] = {
                 name: NOTHING[name] if part.is_all or not len(part.ids) else float(part.scores[-1])
                 for name, part in parts.items()
             }
-            ids = {one for part in parts.values() for one in part.ids.tolist()}
-            terms = parts["words"].terms
-            known, channels = self.scores(np.array(sorted(ids), dtype=np.int64), terms)
-            ranking = _ranked(
-                known,
-                self.fusion.fuse(channels),
-                channels,
-                is_all=parts["image"].is_all,
-                terms=terms,
+            found = np.concatenate([part.ids for part in parts.values()])
+            ranking = self._fused(_distinct(found), told, words, last, count)
+            ranking = replace(ranking, is_all=ranking.is_all and parts["image"].is_all)
+            is_sure = len(ranking.ids) >= count and ranking.scores[count - 1] >= self.fusion.bound(
+                last
             )
-            is_sure = len(known) >= count and ranking.scores[count - 1] >= self.fusion.bound(last)
             if ranking.is_all or is_sure or depth >= DEEPEST:
                 return _first(ranking, count)
             depth *= 4
 
-    def scores(
-        self, ids: Ids, terms: Sequence[Term] | None = None
-    ) -> tuple[Ids, dict[Channel, Scores]]:
-        """What each channel gives to these pictures; those that are gone by now are left out.
+    def _words(self) -> Ranking:
+        """All pictures that have any of the words."""
+        match = self.heard
+        if match is None:
+            match = self.store.words(self.text, among=self.among)
+        elif self.among is not None:
+            is_asked = np.isin(match.ids, self.among, assume_unique=True)
+            match = replace(match, ids=match.ids[is_asked], scores=match.scores[is_asked])
+        return _ranked(match.ids, match.scores, {}, is_all=True, terms=match.terms)
 
-        terms: what the words of the query are taken for, if that is known already.
+    def _fused(
+        self, ids: Ids, told: Ranking, words: Ranking, last: Mapping[Channel, float], count: int
+    ) -> Ranking:
+        """The best of some pictures in mode "hybrid", at least `count` if there are as many.
+
+        Most of a query's time would go into the captions of pictures that nothing can bring up to
+        the best, so those are left out first.
+
+        Args:
+            ids: the pictures, ascending; those that are gone by now are left out.
+            told: those of the pictures whose nearest caption is known already.
+            words: all pictures that have any of the words.
+            last: the most that an unknown caption can have, under "caption".
+            count: answers wanted.
         """
+        ids, image = self._given("image", ids)
+        channels: dict[Channel, Scores] = {
+            "image": image,
+            "caption": _at(ids, told.ids, told.scores, np.nan),
+            "words": _at(ids, words.ids, words.scores, 0.0),
+        }
+        is_known = ~np.isnan(channels["caption"])
+        most = self.fusion.fuse(
+            channels | {"caption": np.where(is_known, channels["caption"], last["caption"])}
+        )
+        # Without captions it may have more.
+        most = np.where(is_known, most, np.maximum(most, self.fusion.fuse(channels)))
+        keep = np.ones(len(ids), dtype=np.bool_)
+        if np.count_nonzero(is_known) > count:
+            keep = most >= -np.partition(-most[is_known], count - 1)[count - 1]
+        kept: dict[Channel, Scores] = {name: one[keep] for name, one in channels.items()}
+        kept["caption"] = self._nearest(ids[keep])  # an approximate index may know a lesser one
+        return _ranked(
+            ids[keep],
+            self.fusion.fuse(kept),
+            kept,
+            is_all=bool(keep.all()),
+            terms=words.terms,
+        )
+
+    def scores(self, ids: Ids) -> tuple[Ids, dict[Channel, Scores]]:
+        """What each channel gives to these pictures; those that are gone by now are left out."""
         known, image = self._given("image", ids)
         with self.store.snapshot() as rows:
-            owners = rows.caption_owners(rows.caption_ids(known))
-            words = rows.word_scores(self.text if terms is None else terms, known)
+            words = rows.word_scores(self.text, known)
+        return known, {"image": image, "caption": self._nearest(known), "words": words}
+
+    def _nearest(self, ids: Ids) -> Scores:
+        """(n,) what that caption of each picture has which is nearest; NaN without captions."""
+        with self.store.snapshot() as rows:
+            owners = rows.captions_of(ids)
         told, scores = self._given("caption", np.array(sorted(owners), dtype=np.int64))
-        caption = np.full(len(known), np.nan, dtype=np.float32)
-        places = np.searchsorted(known, [owners[one] for one in told.tolist()])
-        np.fmax.at(caption, places, scores)
-        return known, {"image": image, "caption": caption, "words": words}
+        nearest = np.full(len(ids), np.nan, dtype=np.float32)
+        places = np.searchsorted(ids, [owners[one] for one in told.tolist()])
+        np.fmax.at(nearest, places, scores)
+        return nearest
 
     def _given(self, kind: Kind, ids: Ids) -> tuple[Ids, Scores]:
         """Those of some pictures or captions that are embedded, ascending, and their scores."""
@@ -219,6 +276,37 @@ class Channels:
         (match,) = self.store.search(kind, self.row[None], len(ids), among=ids, exact=True)
         order = np.argsort(match.ids)
         return match.ids[order], match.scores[order]
+
+
+def aside(work: Callable[..., T], *args: Any) -> Future[T]:
+    """Does in a thread of its own what needs no Python while it takes long: SQLite, FAISS."""
+    return _threads().submit(work, *args)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="aside")
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+
+def _distinct(ids: Ids) -> Ids:
+    """Each id once, ascending; np.unique would import numpy.ma: 20 ms."""
+    ids = np.sort(ids)
+    return ids[np.diff(ids, prepend=-1) > 0]
+
+
+def _at(ids: Ids, known: Ids, scores: Scores, otherwise: float) -> Scores:
+    """(n,) the scores of these ids, of which some are `known`, in any order."""
+    found = np.full(len(ids), otherwise, dtype=np.float32)
+    if len(known):
+        order = np.argsort(known)
+        places = order[np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)]
+        is_known = known[places] == ids
+        found[is_known] = scores[places[is_known]]
+    return found
 
 
 def _ranked(

@@ -58,7 +58,7 @@ FEWEST = 30
 KS = (1, 10)
 # Queries scored at a time: against 10,000 captions, 10 MiB.
 BLOCK = 256
-B = 0.75  # of SQLite's BM25
+B = words.B
 # The prior, in standard deviations of the channels over all pairs: the weights that the bundled
 # model's channels have on Flickr8k, give or take 1; the line of pictures without captions, give or
 # take 3 at its foot. Queries outweigh it from some tens on.

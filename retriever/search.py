@@ -31,12 +31,13 @@ from retriever.channels import (
     Ranking,
     Rows,
     Scores,
+    aside,
 )
 from retriever.errors import UsageError
 
 if TYPE_CHECKING:
     from indexes.filters import Condition
-    from indexes.records import CaptionRow, Fit, ItemRow, Source, Term
+    from indexes.records import CaptionRow, Fit, ItemRow, Source, Term, WordMatch
     from indexes.store import Snapshot, Store
     from retriever.composing import Composed
     from retriever.encoders import Encoder
@@ -145,6 +146,11 @@ class Searcher:
             fit = rows.fit()
         return self._channels(query, fit, self._composed(query, fit).row, exact=exact)
 
+    def usual_mode(self, query: Query) -> Mode:
+        """What pictures are found by if nobody says."""
+        with self._store.snapshot() as rows:
+            return _usual_mode(rows.fit(), query)
+
     def calibration(self) -> Calibration | None:
         """What turns scores into confidences in this library; None: it was not measured."""
         with self._store.snapshot() as rows:
@@ -158,9 +164,10 @@ class Searcher:
     def _channels(
         self, query: Query, fit: Fit | None, row: Rows | None, *, exact: bool
     ) -> Channels:
-        text = " ".join(unquoted(text) for text, weight in query.texts if weight > 0)
         fusion, _ = _fused(fit)
-        return Channels(self._store, row, text, source=query.source, exact=exact, fusion=fusion)
+        return Channels(
+            self._store, row, _text(query), source=query.source, exact=exact, fusion=fusion
+        )
 
     def images(
         self,
@@ -205,15 +212,23 @@ class Searcher:
         asked = Asked.of([text for text, weight in query.texts if weight > 0])
         with self._store.snapshot() as rows:
             fit = rows.fit()
-            chosen = _chosen(rows, where, among, asked.phrases)
-            literal = _literal(query, mode)
-            groups = [*_named(rows, asked.names, literal, chosen), (0, chosen)]
-        mode = mode or (_fused(fit)[1] if query.source == "text" and _has_words(query) else "image")
+        literal = _literal(query, mode)
+        mode = mode or _usual_mode(fit, query)
         _check_mode(mode, query)
+
+        def listen() -> tuple[Ids | None, list[tuple[int, Ids | None]], WordMatch | None]:
+            with self._store.snapshot() as rows:
+                chosen = _chosen(rows, where, among, asked.phrases)
+                named = _named(rows, asked.names, literal, chosen)
+            heard = self._store.words(_text(query), among=chosen) if mode == "hybrid" else None
+            return chosen, [*named, (0, chosen)], heard
+
+        listening = aside(listen)  # SQLite meanwhile
         # What words alone find needs no encoder.
         composed = self._composed(query, fit) if mode != "words" or query.without else None
         row = composed.row if composed and mode != "words" else None
-        channels = self._channels(query, fit, row, exact=exact)
+        chosen, groups, heard = listening.result()
+        channels = replace(self._channels(query, fit, row, exact=exact), heard=heard)
         found = _Found(
             self._store, k, _judge(fit, mode, query.source), composed, all, min_confidence
         )
@@ -541,6 +556,10 @@ def _fused(fit: Fit | None) -> tuple[Fusion, Mode]:
         return FALLBACK, "image"
 
 
+def _usual_mode(fit: Fit | None, query: Query) -> Mode:
+    return _fused(fit)[1] if query.source == "text" and _has_words(query) else "image"
+
+
 def _calibration(fit: Fit | None) -> Calibration | None:
     facts = fit.facts.get("calibration") if fit else None
     return Calibration(facts) if facts else None
@@ -554,6 +573,11 @@ def _judge(
     if calibration is None:
         return lambda scores: None
     return lambda scores: calibration.confidence(scores, mode, source)
+
+
+def _text(query: Query) -> str:
+    """All that is asked for in words."""
+    return " ".join(unquoted(text) for text, weight in query.texts if weight > 0)
 
 
 def _has_words(query: Query) -> bool:

@@ -385,6 +385,54 @@ def test_the_migration_makes_the_table_that_the_module_makes(store: Store) -> No
         assert schema(connection) == migrated
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.sampled_from(["dog", "dogs", "snow", "snöw", "a", "狗在雪", "x_1"]), max_size=300
+        ),
+        min_size=1,
+        max_size=30,
+    ),
+    st.lists(st.sampled_from(["dog", "snow", "running", "狗", "x_1", "snw"]), max_size=4),
+)
+def test_lists_in_memory_answer_as_sqlite_does(captions: list[list[str]], asked: list[str]) -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        words.create(connection)
+        put(connection, *(" ".join(said) for said in captions))
+        lists = words.WordLists(connection)
+        half = np.arange(1, len(captions) + 1, 2)
+        for among in (None, half):
+            for limit in (None, 3):
+                text = " ".join(asked)
+                one = words.search(connection, text, limit, among=among)
+                other = words.search(connection, text, limit, among=among, lists=lists)
+                assert one.ids.tolist() == other.ids.tolist()
+                assert one.scores == pytest.approx(other.scores, abs=1e-6)
+                assert one.terms == other.terms
+
+
+def test_a_store_that_is_asked_often_answers_as_before_and_follows_changes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = mock.Mock(side_effect=words.WordLists)
+    monkeypatch.setattr("indexes.snapshot.WordLists", made)
+    monkeypatch.setattr("indexes.store.OFTEN", 3)
+    with store.writer() as writer:
+        root = writer.add_root(Path("/p"))
+        [first] = writer.write(root, [item("a.jpg", "a dog")])
+    found = [store.words("dog").ids.tolist() for _ in range(5)]
+    assert found == [[first]] * 5
+    assert made.call_count == 1
+    with store.writer() as writer:
+        [second] = writer.write(root, [item("b.jpg", "two dogs")])
+    assert sorted(store.words("dog").ids) == [first, second]
+    assert store.words("dog", among=np.array([second])).ids.tolist() == [second]
+    assert made.call_count == 1
+    assert [sorted(store.words("dogs").ids) for _ in range(3)] == [[first, second]] * 3
+    assert made.call_count == 2
+
+
 def test_rows_are_counted_without_reading_them(store: Store) -> None:
     with store.writer() as writer:
         root = writer.add_root(store.path.parent)

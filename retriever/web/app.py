@@ -13,7 +13,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, File, Query, Request, UploadFile
+from fastapi import FastAPI, File, Query, Request, UploadFile
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -25,7 +25,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from indexes.errors import InvalidConditionError, StoreError
 from retriever import __version__, asking
-from retriever.channels import Mode
 from retriever.errors import PictureError, RetrieverError, UsageError, printable
 from retriever.explain import Explanation, heat_map, overlay
 from retriever.library import Library
@@ -33,7 +32,7 @@ from retriever.search import Hit
 from retriever.web import schemas
 from retriever.web.guard import Guard, problem
 from retriever.web.local import listening
-from retriever.web.schemas import MOST_PARTS, MOST_RESULTS, Id, Number, Text
+from retriever.web.schemas import MOST_PARTS, MOST_RESULTS, Id, LibraryName, Text
 from retriever.web.service import BusyError, NotFoundError, Service, Shelf, content_key
 from retriever.web.thumbnails import SIZES
 
@@ -50,66 +49,6 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     }
     for status in (400, 401, 403, 404, 413, 414, 421, 422, 429, 500, 503)
 }
-
-LibraryName = Annotated[
-    str | None, Query(max_length=200, description="Of several libraries, the one to ask.")
-]
-
-
-class Asked:
-    """What is asked, in the address of a request."""
-
-    def __init__(
-        self,
-        library: LibraryName = None,
-        q: Annotated[
-            Text, Query(description="What to look for; parts as on the command line.")
-        ] = "",
-        image: Annotated[
-            list[Id], Query(max_length=MOST_PARTS, description="Ids of pictures to ask with.")
-        ] = [],  # noqa: B006 (FastAPI copies it)
-        text_weight: Annotated[Number, Query(description="Of the text, beside pictures.")] = 1.0,
-        image_weight: Annotated[Number, Query(description="Of each picture.")] = 1.0,
-        without: Annotated[
-            list[Text], Query(max_length=MOST_PARTS, description="What must not be shown.")
-        ] = [],  # noqa: B006
-        without_image: Annotated[
-            list[Id], Query(max_length=MOST_PARTS, description="Ids of pictures of such things.")
-        ] = [],  # noqa: B006
-        where: Annotated[Text, Query(description="A filter, as on the command line.")] = "",
-        mode: Annotated[Mode | None, Query(description="By what pictures are found.")] = None,
-    ) -> None:
-        self.library = library
-        self.text = q.strip()
-        self.image_ids = image
-        self.text_weight = text_weight
-        self.image_weight = image_weight
-        self.without = [one.strip() for one in without if one.strip()]
-        self.without_ids = without_image
-        self.where = where.strip() or None
-        self.mode: Mode | None = mode
-
-
-class Wanted:
-    """How much is wanted of the answers, in the address of a request."""
-
-    def __init__(
-        self,
-        k: Annotated[int, Query(ge=1, le=200, description="Answers wanted.")] = 30,
-        offset: Annotated[int, Query(ge=0, lt=MOST_RESULTS, description="Answers to skip.")] = 0,
-        min_confidence: Annotated[
-            float | None, Query(ge=0, le=1, description="Leave out what is less surely right.")
-        ] = None,
-        all: Annotated[bool, Query(description="Near-duplicates as well.")] = False,
-        exact: Annotated[bool, Query(description="Look at everything.")] = False,
-        explain: Annotated[bool, Query(description="Say of each answer why.")] = False,
-    ) -> None:
-        self.k = min(k, MOST_RESULTS - offset)
-        self.offset = offset
-        self.min_confidence = min_confidence
-        self.all = all
-        self.exact = exact
-        self.explain = explain
 
 
 class Size(IntEnum):
@@ -181,24 +120,22 @@ def create_app(
 
 def _add_search(app: FastAPI, service: Service) -> None:
     @app.get("/api/search", tags=["search"])
-    async def search(
-        asked: Annotated[Asked, Depends()], wanted: Annotated[Wanted, Depends()]
-    ) -> schemas.Answer:
+    async def search(wanted: Annotated[schemas.Wanted, Query()]) -> schemas.Answer:
         """Find pictures by a text, by pictures of the library, or by both."""
-        return await service.run(_search, service, asked, wanted, [])
+        return await service.run(_search, service, wanted, [])
 
     @app.post("/api/search", tags=["search"])
     async def search_by_upload(
-        asked: Annotated[Asked, Depends()], wanted: Annotated[Wanted, Depends()], picture: Pictures
+        wanted: Annotated[schemas.Wanted, Query()], picture: Pictures
     ) -> schemas.Answer:
         """Find pictures by pictures that are sent, and by all that can be asked without."""
         data = [await one.read() for one in picture]
-        return await service.run(_search, service, asked, wanted, data)
+        return await service.run(_search, service, wanted, data)
 
     @app.get("/api/captions", tags=["search"])
     async def captions(
         id: Annotated[Id, Query(description="The id of a picture.")],
-        library: LibraryName = None,
+        library: Annotated[LibraryName, Query()] = None,
         where: Annotated[Text, Query(description="Captions of such pictures only.")] = "",
         k: Annotated[int, Query(ge=1, le=100)] = 5,
     ) -> schemas.Captions:
@@ -208,7 +145,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
     @app.post("/api/captions", tags=["search"])
     async def captions_by_upload(
         picture: Annotated[UploadFile, File(description="A picture.")],
-        library: LibraryName = None,
+        library: Annotated[LibraryName, Query()] = None,
         where: Annotated[Text, Query(description="Captions of such pictures only.")] = "",
         k: Annotated[int, Query(ge=1, le=100)] = 5,
     ) -> schemas.Captions:
@@ -217,7 +154,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
         return await service.run(_captions, service, library, None, data, where, k)
 
     @app.get("/api/items/{id}/why", tags=["search"])
-    async def why(id: ItemId, asked: Annotated[Asked, Depends()]) -> dict[str, Any]:
+    async def why(id: ItemId, asked: Annotated[schemas.Asked, Query()]) -> dict[str, Any]:
         """Why a picture answers a query: by which channels, words and caption."""
         return await service.run(_why, service, id, asked)
 
@@ -227,22 +164,25 @@ def _add_search(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses={200: {"content": {"image/png": {}}}},
     )
-    async def heat(id: ItemId, asked: Annotated[Asked, Depends()]) -> Response:
+    async def heat(id: ItemId, asked: Annotated[schemas.Asked, Query()]) -> Response:
         """A picture in grey, with colour where it shows what a query asks for, as PNG."""
         data = await service.run(_heat, service, id, asked)
         return Response(data, media_type="image/png", headers={"cache-control": "private"})
 
 
-def _query(service: Service, shelf: Shelf, asked: Asked, uploads: Sequence[bytes]) -> asking.Query:
-    query = asking.parse(asked.text, files=False) if asked.text else asking.Query()
+def _query(
+    service: Service, shelf: Shelf, asked: schemas.Asked, uploads: Sequence[bytes]
+) -> asking.Query:
+    text = asked.q.strip()
+    query = asking.parse(text, files=False) if text else asking.Query()
     pictures: list[Path | Image.Image] = [
-        *(service.item(shelf, one).path for one in asked.image_ids),
+        *(service.item(shelf, one).path for one in asked.image),
         *(service.uploaded(data) for data in uploads),
     ]
-    shunned = [service.item(shelf, one).path for one in asked.without_ids]
+    shunned = [service.item(shelf, one).path for one in asked.without_image]
     query = query.beside(
         [(one, asked.image_weight) for one in pictures],
-        [*asked.without, *shunned],
+        [*(one.strip() for one in asked.without if one.strip()), *shunned],
         text_weight=asked.text_weight,
     )
     if not (query.texts or query.images):
@@ -250,17 +190,15 @@ def _query(service: Service, shelf: Shelf, asked: Asked, uploads: Sequence[bytes
     return query
 
 
-def _search(
-    service: Service, asked: Asked, wanted: Wanted, uploads: Sequence[bytes]
-) -> schemas.Answer:
+def _search(service: Service, wanted: schemas.Wanted, uploads: Sequence[bytes]) -> schemas.Answer:
     begin = time.perf_counter()
-    shelf = service.shelf(asked.library)
-    query = _query(service, shelf, asked, uploads)
-    last = wanted.offset + wanted.k
+    shelf = service.shelf(wanted.library)
+    query = _query(service, shelf, wanted, uploads)
+    last = min(wanted.offset + wanted.k, MOST_RESULTS)
     answer = shelf.library.search(
         query,
-        where=asked.where,
-        mode=asked.mode,
+        where=wanted.filter,
+        mode=wanted.mode,
         k=last + 1,  # one more tells whether there are more
         exact=wanted.exact,
         all=wanted.all,
@@ -297,18 +235,18 @@ def _found(hit: Hit, reason: Explanation | None) -> schemas.Found:
     )
 
 
-def _why(service: Service, item_id: int, asked: Asked) -> dict[str, Any]:
+def _why(service: Service, item_id: int, asked: schemas.Asked) -> dict[str, Any]:
     shelf = service.shelf(asked.library)
     item = service.item(shelf, item_id)
     query = _query(service, shelf, asked, [])
-    mode = asked.mode or shelf.library.search(query, k=1, where=asked.where).mode
+    mode = asked.mode or shelf.library.searcher.usual_mode(query)
     caption = shelf.library.nearest_caption(query, item_id)
     hit = Hit(1, 0.0, item.path, caption, item_id)
     [reason] = shelf.library.explain([hit], query, mode)
     return reason.as_json()
 
 
-def _heat(service: Service, item_id: int, asked: Asked) -> bytes:
+def _heat(service: Service, item_id: int, asked: schemas.Asked) -> bytes:
     shelf = service.shelf(asked.library)
     item = service.item(shelf, item_id)
     row = shelf.library.searcher.channels(_query(service, shelf, asked, [])).row
@@ -358,7 +296,7 @@ def _captions(
 def _add_items(app: FastAPI, service: Service) -> None:
     @app.get("/api/items", tags=["pictures"])
     async def items(
-        library: LibraryName = None,
+        library: Annotated[LibraryName, Query()] = None,
         where: Annotated[Text, Query(description="A filter, as on the command line.")] = "",
         k: Annotated[int, Query(ge=1, le=200)] = 30,
         offset: Annotated[int, Query(ge=0, lt=1 << 40)] = 0,
@@ -367,7 +305,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
         return await service.run(_items, service, library, where, k, offset)
 
     @app.get("/api/items/{id}", tags=["pictures"])
-    async def item(id: ItemId, library: LibraryName = None) -> schemas.Item:
+    async def item(id: ItemId, library: Annotated[LibraryName, Query()] = None) -> schemas.Item:
         """All that is known of a picture."""
         return await service.run(_item, service, library, id)
 
@@ -380,7 +318,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
     async def thumbnail(
         request: Request,
         id: ItemId,
-        library: LibraryName = None,
+        library: Annotated[LibraryName, Query()] = None,
         size: Annotated[Size, Query(description="Pixels of the longer side.")] = Size.MEDIUM,
     ) -> Response:
         """A picture as a small JPEG."""
@@ -395,7 +333,9 @@ def _add_items(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses={200: {"content": {"image/*": {}}}},
     )
-    async def picture(request: Request, id: ItemId, library: LibraryName = None) -> Response:
+    async def picture(
+        request: Request, id: ItemId, library: Annotated[LibraryName, Query()] = None
+    ) -> Response:
         """A picture as it is in its file, or as JPEG if browsers do not show its format."""
         found = await service.run(lambda: service.item(service.shelf(library), id))
         return await _sent(request, content_key(found), lambda: service.picture(found))
@@ -411,7 +351,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
         return Response(data, media_type=kind, headers=headers)
 
     @app.get("/api/map", tags=["pictures"])
-    async def map(library: LibraryName = None) -> schemas.MapRecord:
+    async def map(library: Annotated[LibraryName, Query()] = None) -> schemas.MapRecord:
         """Every picture as a point: those that show alike lie together."""
         return await service.run(_map, service.shelf(library))
 
@@ -477,7 +417,7 @@ def _add_state(app: FastAPI, service: Service, measured: "Measured") -> None:
         return schemas.Libraries(libraries=records)
 
     @app.get("/api/fields", tags=["library"])
-    async def fields(library: LibraryName = None) -> schemas.Fields:
+    async def fields(library: Annotated[LibraryName, Query()] = None) -> schemas.Fields:
         """What a filter may ask for, with the commonest values."""
         return await service.run(_fields, service.shelf(library))
 
@@ -487,7 +427,9 @@ def _add_state(app: FastAPI, service: Service, measured: "Measured") -> None:
         response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
     )
-    async def progress(request: Request, library: LibraryName = None) -> StreamingResponse:
+    async def progress(
+        request: Request, library: Annotated[LibraryName, Query()] = None
+    ) -> StreamingResponse:
         """What a library holds, now and whenever that changes, as server-sent events."""
         return StreamingResponse(
             _changes(request, service, service.shelf(library)),

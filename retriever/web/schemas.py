@@ -16,6 +16,43 @@ MOST_PARTS = 16  # of what is left out, and of pictures to ask with
 Text = Annotated[str, StringConstraints(max_length=MOST_TEXT, pattern=r"^[^\x00]*$")]
 Number = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Id = Annotated[int, Field(ge=1, lt=1 << 63)]
+LibraryName = Annotated[
+    str | None, Field(max_length=200, description="Of several libraries, the one to ask.")
+]
+
+
+class Asked(BaseModel):
+    """What is asked, in the address of a request."""
+
+    library: LibraryName = None
+    q: Text = Field("", description="What to look for; parts as on the command line.")
+    image: list[Id] = Field([], max_length=MOST_PARTS, description="Ids of pictures to ask with.")
+    text_weight: Number = Field(1.0, description="Of the text, beside pictures.")
+    image_weight: Number = Field(1.0, description="Of each picture.")
+    without: list[Text] = Field([], max_length=MOST_PARTS, description="What must not be shown.")
+    without_image: list[Id] = Field(
+        [], max_length=MOST_PARTS, description="Ids of pictures of such things."
+    )
+    where: Text = Field("", description="A filter, as on the command line.")
+    mode: Mode | None = Field(None, description="By what pictures are found.")
+
+    @property
+    def filter(self) -> str | None:
+        """The filter; None: every picture."""
+        return self.where.strip() or None
+
+
+class Wanted(Asked):
+    """What is asked, and how much is wanted of the answers."""
+
+    k: int = Field(30, ge=1, le=200, description="Answers wanted.")
+    offset: int = Field(0, ge=0, lt=MOST_RESULTS, description="Answers to skip.")
+    min_confidence: float | None = Field(
+        None, ge=0, le=1, description="Leave out what is less surely right."
+    )
+    all: bool = Field(False, description="Near-duplicates as well.")
+    exact: bool = Field(False, description="Look at everything.")
+    explain: bool = Field(False, description="Say of each answer why.")
 
 
 class Record(BaseModel):
