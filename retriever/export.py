@@ -300,21 +300,27 @@ def _quantised_matrix(name: str, values: NDArray[np.float32], is_outputs_first: 
         scales = np.ascontiguousarray(scales.transpose(1, 2, 0))
     scales = scales.squeeze(1 + is_outputs_first)
     tensors = [
-        numpy_helper.from_array(whole.reshape(values.shape), f"{name}.int8"),
-        numpy_helper.from_array(scales.reshape(*scales.shape, *values.shape[2:]), f"{name}.scales"),
+        numpy_helper.from_array(whole.reshape(values.shape[:2]), f"{name}.int8"),
+        numpy_helper.from_array(scales, f"{name}.scales"),
     ]
     # The scales are widened first: to multiply in float16 would round once more.
     scale = f"{name}.scale"
-    return tensors, [
+    # OpenVINO 2026.4 widens what has more than two dimensions to something else, without a word.
+    wide = f"{name}.matrix" if values.ndim > 2 else name
+    nodes = [
         helper.make_node("Cast", [tensors[1].name], [scale], to=TensorProto.FLOAT),
         helper.make_node(
             "DequantizeLinear",
             [tensors[0].name, scale],
-            [name],
+            [wide],
             axis=int(is_outputs_first),
             block_size=group,
         ),
     ]
+    if values.ndim > 2:
+        tensors.append(numpy_helper.from_array(np.array(values.shape), f"{name}.shape"))
+        nodes.append(helper.make_node("Reshape", [wide, tensors[-1].name], [name]))
+    return tensors, nodes
 
 
 def _group(count: int) -> int:

@@ -102,6 +102,18 @@ def test_the_engines_of_both_towers_are_named_where_they_differ(
     assert encoder.engine == "OpenVINO (float32)"
 
 
+@OPENVINO
+def test_an_engine_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, pixels: np.ndarray, expected: np.ndarray
+) -> None:
+    trial = {"pixels": pixels[:2]}, expected[1::-1]
+    monkeypatch.setenv(VARIABLE, "auto")
+    assert Lanes(TOWER, trial).engine == "ONNX Runtime"
+    monkeypatch.setenv(VARIABLE, "openvino")
+    with pytest.raises(RuntimeError, match=r"something else than .*image\.onnx says"):
+        Lanes(TOWER, trial)
+
+
 # ── Which engine, and when ───────────────────────────────────────────────────────────────────────
 
 

@@ -167,3 +167,7 @@ def test_a_convolution_of_one_point_is_stored_as_int8_and_others_as_float16(tmp_
     after = run()
     assert np.abs(after - before).max() < 0.02 * np.abs(before).max()
     assert path.stat().st_size < 0.5 * size
+    openvino = pytest.importorskip("openvino")
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    other = openvino.Core().compile_model(path, "CPU", settings)({"pixels": pixels})[0]
+    np.testing.assert_allclose(other, after, atol=1e-4 * np.abs(after).max())
