@@ -577,6 +577,50 @@ def _models_table(models: list["ModelInfo"]) -> str:
 
 
 @models.command()
+@click.argument(
+    "checkpoints", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CHECKPOINT..."
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder for the new checkpoint.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(32, 1024),
+    help="Pixels that pictures are read at from now on.",
+    show_default="as in training",
+)
+@click.option("--weights", metavar="NUMBERS", help="How much each counts: 1,1,0.5.")
+def average(
+    checkpoints: tuple[Path, ...], output: Path, image_size: int | None, weights: str | None
+) -> None:
+    """Make one checkpoint whose weights are the mean of several.
+
+    Trained from the same beginning with different seeds, several are better together than the best
+    of them, and no slower.
+
+    \b
+    Examples:
+      retriever models average seed0.ckpt seed1.ckpt seed2.ckpt -o mean.ckpt
+      retriever models average seed*.ckpt -o mean.ckpt --image-size 256
+      retriever models average tuned.ckpt before.ckpt -o mean.ckpt --weights 1,0.2
+    """
+    from retriever.checkpoints import average_checkpoints, refuse_other_files, save_checkpoint
+
+    refuse_other_files(output)
+    try:
+        shares = [float(one) for one in weights.split(",")] if weights else None
+    except ValueError as error:
+        raise UsageError(f"--weights {weights}: numbers with commas between them") from error
+    model, tokenizer = average_checkpoints(checkpoints, weights=shares, image_size=image_size)
+    save_checkpoint(output, model, tokenizer, {})
+    click.echo(f"the mean of {len(checkpoints)} checkpoints is in {shown(output)}")
+
+
+@models.command()
 @click.argument("name")
 @click.option(
     "-o",

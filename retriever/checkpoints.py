@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,47 @@ def save_checkpoint(
         shutil.rmtree(old)
     else:
         temporary.rename(folder)
+
+
+def average_checkpoints(
+    folders: Sequence[Path],
+    *,
+    weights: Sequence[float] | None = None,
+    image_size: int | None = None,
+) -> tuple[DualEncoder, Tokenizer]:
+    """One model whose weights are the means of those of several, and the tokenizer of all.
+
+    Runs of one recipe from a common beginning, with other seeds, err in different ways; their mean
+    costs no more than one of them (Wortsman et al. 2022, "Model soups").
+
+    Args:
+        folders: checkpoints of one shape with one vocabulary.
+        weights: how much each of them counts, all alike if None. A little of a model from before
+            fine-tuning keeps what it knew (Wortsman et al. 2022, "Robust fine-tuning").
+        image_size: what pictures are read at from now on; a little more than in training often
+            finds more (Touvron et al. 2019, "Fixing the train-test resolution discrepancy").
+
+    Raises:
+        UsageError: they differ in more than their weights, or there are not as many weights.
+        EncoderError: one is no checkpoint.
+    """
+    shares = [1.0] * len(folders) if weights is None else [*weights]
+    if len(shares) != len(folders) or min(shares) < 0 or not sum(shares):
+        raise UsageError(f"give each of the {len(folders)} checkpoints a weight, none negative")
+    model, tokenizer = load_checkpoint(folders[0])
+    tensors = {name: tensor * shares[0] for name, tensor in model.state_dict().items()}
+    for folder, share in zip(folders[1:], shares[1:], strict=True):
+        other, words = load_checkpoint(folder)
+        if other.config != model.config or words.get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"{folder} is of another shape or vocabulary than {folders[0]}")
+        for name, tensor in other.state_dict().items():
+            tensors[name] += share * tensor
+    config = dict(model.config)
+    if image_size is not None:
+        config["image"] = config["image"] | {"size": image_size}
+    averaged = DualEncoder(config)
+    averaged.load_state_dict({name: tensor / sum(shares) for name, tensor in tensors.items()})
+    return averaged.eval(), tokenizer
 
 
 def refuse_other_files(folder: Path) -> None:

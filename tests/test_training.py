@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import write_checkpoint
 
 from retriever import objectives, training
-from retriever.checkpoints import load_checkpoint, save_checkpoint
+from retriever.checkpoints import average_checkpoints, load_checkpoint, save_checkpoint
 from retriever.errors import EncoderError, UsageError
 from retriever.samples import Pictures, augment, split_pairs
 from retriever.settings import OBJECTIVES, TrainConfig
@@ -477,6 +478,41 @@ def test_an_earlier_checkpoint_is_replaced_and_nothing_is_left_beside_it(trained
     assert json.loads((tmp_path / "a.ckpt" / "log.json").read_text("utf-8")) == [2]
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
     assert_same_weights(trained, tmp_path / "a.ckpt")
+
+
+def test_the_mean_of_checkpoints_has_the_means_of_their_weights(tmp_path):
+    folders = [write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed) for seed in range(3)]
+    states = [load_checkpoint(folder)[0].state_dict() for folder in folders]
+    mean, tokenizer = average_checkpoints(folders, image_size=48)
+    for name, tensor in mean.state_dict().items():
+        torch.testing.assert_close(tensor, sum(state[name] for state in states) / 3)
+    assert not torch.equal(
+        mean.image_projection.linear.weight, states[0]["image_projection.linear.weight"]
+    )
+    assert mean.config["image"]["size"] == 48
+    assert not mean.training
+    save_checkpoint(tmp_path / "mean.ckpt", mean, tokenizer, {})
+    assert load_checkpoint(tmp_path / "mean.ckpt")[0].config == mean.config
+
+
+def test_checkpoints_count_as_much_as_their_weights_say(tmp_path):
+    folders = [write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed) for seed in range(2)]
+    one, other = (load_checkpoint(folder)[0].state_dict() for folder in folders)
+    mean, _ = average_checkpoints(folders, weights=[3, 1])
+    for name, tensor in mean.state_dict().items():
+        torch.testing.assert_close(tensor, 0.75 * one[name] + 0.25 * other[name])
+    for weights in ([1], [1, -1], [0, 0]):
+        with pytest.raises(UsageError, match="each of the 2 checkpoints a weight"):
+            average_checkpoints(folders, weights=weights)
+
+
+def test_checkpoints_of_other_shapes_have_no_mean(tmp_path):
+    one = write_checkpoint(tmp_path / "one.ckpt")
+    other = write_checkpoint(tmp_path / "other.ckpt", "gru")
+    with pytest.raises(UsageError, match=r"other\.ckpt is of another shape"):
+        average_checkpoints([one, other])
+    with pytest.raises(EncoderError, match="not a checkpoint"):
+        average_checkpoints([one, tmp_path])
 
 
 def test_augmentation_keeps_the_shape_and_follows_the_seed():
