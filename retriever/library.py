@@ -250,6 +250,24 @@ class Library:
                 self._base, self._tuned = BatchingEncoder(base), None
 
     @property
+    def is_default(self) -> bool:
+        """Whether the model that this library was opened with is still its default one."""
+        with self._store.snapshot() as rows:
+            found = rows.model()
+        return found is not None and found[1] == self.model
+
+    def reopened(self) -> Library:
+        """The same library by its default model of now; an encoder that still serves is kept.
+
+        Raises as `open` and `share`.
+        """
+        fresh = Library.open(self.path, device=self._device, threads=self._threads)
+        if self._base is not None and self._base.fingerprint == fresh.base_model.fingerprint:
+            fresh._base = self._base
+        fresh.share()
+        return fresh
+
+    @property
     def base_model(self) -> ModelSpec:
         """The model that reads pictures and texts: `model`, or what that is tuned from."""
         derivation = self._store.derivation

@@ -20,6 +20,7 @@ import pytest
 from conftest import COLOURS, ToyEncoder, paint
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from tiny_models import write_checkpoint
 
 from retriever.errors import PictureError
 from retriever.library import Library
@@ -267,7 +268,7 @@ def test_progress_tells_of_changes_while_they_happen(served, library, tmp_path):
             return False
 
     async def listen() -> list[int]:
-        stream = _changes(Staying(), served, served.shelf(None))  # type: ignore[arg-type]
+        stream = _changes(Staying(), served, "colours")  # type: ignore[arg-type]
         counts = [items(await anext(stream))]
         paint(tmp_path / "pictures" / "later.png", "blue")
         await asyncio.to_thread(library.index, tmp_path / "pictures")
@@ -392,6 +393,49 @@ def test_a_fault_of_the_model_reaches_everyone_who_waited_for_it():
     for _ in range(2):
         with pytest.raises(EncoderError, match="damaged"):
             shared.encode_texts(["red"])
+
+
+def test_a_library_that_gets_another_default_model_is_answered_by_that_one(tmp_path):
+    folder = tmp_path / "pictures"
+    for colour in COLOURS:
+        paint(folder / f"{colour}.png", colour)
+    one, other = (str(write_checkpoint(tmp_path / name, seed=n)) for n, name in enumerate("ab"))
+    with Library.create(tmp_path / "two.lib", one) as library:
+        library.index(folder)
+    with Library.open(tmp_path / "two.lib", other, add_model=True) as second:
+        second.index(folder)
+    served = Library.open(tmp_path / "two.lib")
+    served.share()
+    service = Service({"two": served}, tmp_path / "cache", thumbnail_bytes=1 << 20)
+    with TestClient(create_app(service), base_url=HOME) as client:
+
+        def asked() -> tuple[str, Any]:
+            [record] = client.get("/api/libraries").json()["libraries"]
+            hits = client.get("/api/search", params={"q": "red"}).json()["hits"]
+            return record["model"], [(hit["id"], hit["score"]) for hit in hits]
+
+        before = asked()
+        encoder = service.shelf("two").library.encoder
+        with Library.open(tmp_path / "two.lib") as chooser:
+            chooser.use_model(other)
+        after = asked()
+        assert (before[0], after[0]) == (one, other)
+        assert before[1] != after[1]
+        with Library.open(tmp_path / "two.lib") as chooser:
+            chooser.use_model(one)
+        assert asked() == before
+        assert service.shelf("two").library is not served
+        assert service.shelf("two").library.encoder is not encoder
+
+
+def test_an_encoder_that_still_serves_is_kept_when_a_library_is_opened_again(library):
+    library.share()
+    again = library.reopened()
+    assert again is not library
+    assert again.encoder is library.encoder
+    assert [hit.path for hit in again.search("red", k=2)] == [
+        hit.path for hit in library.search("red", k=2)
+    ]
 
 
 def test_a_flood_gets_503_and_the_server_goes_on(client, served, monkeypatch):

@@ -353,7 +353,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
     @app.get("/api/map", tags=["pictures"])
     async def map(library: Annotated[LibraryName, Query()] = None) -> schemas.MapRecord:
         """Every picture as a point: those that show alike lie together."""
-        return await service.run(_map, service.shelf(library))
+        return await service.run(lambda: _map(service.shelf(library)))
 
 
 JPEG = "image/jpeg"
@@ -413,13 +413,15 @@ def _add_state(app: FastAPI, service: Service, measured: "Measured") -> None:
     @app.get("/api/libraries", tags=["library"])
     async def libraries() -> schemas.Libraries:
         """The libraries that are served; the first is the default."""
-        records = await service.run(lambda: [_library(one) for one in service.shelves.values()])
+        records = await service.run(
+            lambda: [_library(service.shelf(name)) for name in service.shelves]
+        )
         return schemas.Libraries(libraries=records)
 
     @app.get("/api/fields", tags=["library"])
     async def fields(library: Annotated[LibraryName, Query()] = None) -> schemas.Fields:
         """What a filter may ask for, with the commonest values."""
-        return await service.run(_fields, service.shelf(library))
+        return await service.run(lambda: _fields(service.shelf(library)))
 
     @app.get(
         "/api/progress",
@@ -432,7 +434,7 @@ def _add_state(app: FastAPI, service: Service, measured: "Measured") -> None:
     ) -> StreamingResponse:
         """What a library holds, now and whenever that changes, as server-sent events."""
         return StreamingResponse(
-            _changes(request, service, service.shelf(library)),
+            _changes(request, service, (await service.run(service.shelf, library)).name),
             media_type="text/event-stream",
             headers={"cache-control": "no-store"},
         )
@@ -482,15 +484,16 @@ def _fields(shelf: Shelf) -> schemas.Fields:
     return schemas.Fields(fields=found)
 
 
-async def _changes(request: Request, service: Service, shelf: Shelf) -> AsyncIterator[str]:
+async def _changes(request: Request, service: Service, name: str) -> AsyncIterator[str]:
     seen = None
     end = time.monotonic() + STREAM_SECONDS
     while time.monotonic() < end and not await request.is_disconnected():
         try:
-            version = await service.run(lambda: shelf.library.version)
+            library = (await service.run(service.shelf, name)).library
+            version = await service.run(getattr, library, "version")
             if version != seen:
                 seen = version
-                counts = await service.run(shelf.library.counts)
+                counts = await service.run(library.counts)
                 data = json.dumps(counts | {"generation": version[0], "change": version[1]})
                 yield f"event: library\ndata: {data}\n\n"
         except (BusyError, StoreError):

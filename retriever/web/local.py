@@ -13,7 +13,7 @@ from pathlib import Path
 
 from retriever.replies import Request, reply
 from retriever.running import CONNECT_SECONDS, PROTOCOL, is_ours, socket_path
-from retriever.web.service import Service, Shelf
+from retriever.web.service import Service
 
 LOG = logging.getLogger("retriever.web")
 MOST_BYTES = 1 << 20  # of a request
@@ -58,7 +58,7 @@ async def _listening(service: Service, name: str, path: Path) -> AsyncIterator[N
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             line = await reader.readline()
-            said = await _answered(service, service.shelf(name), line)
+            said = await _answered(service, name, line)
             writer.write(json.dumps(said | {"protocol": PROTOCOL}).encode() + b"\n")
             await writer.drain()
         except (ConnectionError, ValueError, asyncio.IncompleteReadError):
@@ -78,13 +78,13 @@ async def _listening(service: Service, name: str, path: Path) -> AsyncIterator[N
                 path.unlink()
 
 
-async def _answered(service: Service, shelf: Shelf, line: bytes) -> dict[str, object]:
+async def _answered(service: Service, name: str, line: bytes) -> dict[str, object]:
     try:
         record = json.loads(line)
         if record.pop("protocol", None) != PROTOCOL:
             return {"error": "another version"}
         request = Request.from_json(record)
-        found = await service.run(reply, shelf.library, request)
+        found = await service.run(lambda: reply(service.shelf(name).library, request))
     except Exception as error:  # told in full by the command line, which then searches by itself
         return {"error": str(error)}
     return {"reply": found.reply.as_json(), "pid": os.getpid()}

@@ -83,10 +83,9 @@ class Service:
         threads: int | None = None,
     ) -> None:
         count = threads or max(2, min(8, os.cpu_count() or 2))
-        self.shelves = {
-            name: Shelf(name, library, Map(library, cache / "maps" / f"{_place(library)}.npz"))
-            for name, library in libraries.items()
-        }
+        self._maps = cache / "maps"
+        self.shelves = {name: self._shelf(name, library) for name, library in libraries.items()}
+        self._opening = threading.Lock()
         self._thumbnails = Thumbnails(cache / "thumbnails", thumbnail_bytes)
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="retriever")
         self._workers = DecodeWorkers(2, seconds=DECODE_SECONDS, memory_bytes=DECODE_BYTES)
@@ -127,12 +126,24 @@ class Service:
             self.in_flight -= 1
 
     def shelf(self, name: str | None) -> Shelf:
-        """A library by its name, None: the default; raises NotFoundError."""
+        """A library by its name, None: the first, seen by its default model; not on the event loop.
+
+        Raises NotFoundError.
+        """
         if name is None:
-            return next(iter(self.shelves.values()))
+            name = next(iter(self.shelves))
         if name not in self.shelves:
             raise NotFoundError(f"there is no library {name!r} here")
+        if not self.shelves[name].library.is_default:  # tuned meanwhile, or another one was chosen
+            with self._opening:
+                library = self.shelves[name].library
+                if not library.is_default:
+                    # Others may still be searching the former one, so it is not closed.
+                    self.shelves[name] = self._shelf(name, library.reopened())
         return self.shelves[name]
+
+    def _shelf(self, name: str, library: Library) -> Shelf:
+        return Shelf(name, library, Map(library, self._maps / f"{_place(library)}.npz"))
 
     def item(self, shelf: Shelf, item_id: int) -> ItemRow:
         """A picture of a library; raises NotFoundError if it is not, or no longer, in it."""
