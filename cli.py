@@ -594,8 +594,13 @@ def _models_table(models: list["ModelInfo"]) -> str:
     show_default="as in training",
 )
 @click.option("--weights", metavar="NUMBERS", help="How much each counts: 1,1,0.5.")
+@json_option
 def average(
-    checkpoints: tuple[Path, ...], output: Path, image_size: int | None, weights: str | None
+    checkpoints: tuple[Path, ...],
+    output: Path,
+    image_size: int | None,
+    weights: str | None,
+    as_json: bool,
 ) -> None:
     """Make one checkpoint whose weights are the mean of several.
 
@@ -617,7 +622,10 @@ def average(
         raise UsageError(f"--weights {weights}: numbers with commas between them") from error
     model, tokenizer = average_checkpoints(checkpoints, weights=shares, image_size=image_size)
     save_checkpoint(output, model, tokenizer, {})
-    click.echo(f"the mean of {len(checkpoints)} checkpoints is in {shown(output)}")
+    if as_json:
+        print_json({"folder": str(output), "checkpoints": [*map(str, checkpoints)]})
+    else:
+        click.echo(f"the mean of {len(checkpoints)} checkpoints is in {shown(output)}")
 
 
 @models.command()

@@ -56,7 +56,7 @@ def library(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_of_any_command_loads_nothing_heavy() -> None:
-    calls = [[], *([name] for name in COMMANDS), ["models", "prepare"]]
+    calls = [[], *([name] for name in COMMANDS), ["models", "prepare"], ["models", "average"]]
     code = (
         "import sys, json, cli\n"
         "for args in json.loads(sys.argv[1]):\n"
@@ -104,6 +104,8 @@ def test_defaults_of_answers_wanted_are_those_of_the_library() -> None:
         ["evaluate", "nowhere"],
         ["train", "."],
         ["models", "prepare", "."],
+        ["models", "average", "-o", "mean.ckpt"],
+        ["models", "average", "a.ckpt", "-o", "mean.ckpt", "--weights", "one"],
         ["bogus"],
     ],
 )
@@ -483,6 +485,18 @@ def test_models_lists_the_default_and_its_stronger_sisters() -> None:
     for record in records:
         assert str(record["name"]) in table
     assert table.splitlines()[1].split()[:3] == ["*", "mini", "bundled"]
+
+
+def test_checkpoints_are_averaged(tmp_path: Path) -> None:
+    folders = [write_checkpoint(tmp_path / f"{seed}.ckpt", seed=seed) for seed in range(2)]
+    mean = tmp_path / "mean.ckpt"
+    told = run("models", "average", *folders, "-o", mean)
+    assert "the mean of 2 checkpoints is in" in told.stdout
+    (record,) = lines(run("models", "average", *folders, "-o", mean, "--weights", "3,1", "--json"))
+    assert record == {"folder": str(mean), "checkpoints": [*map(str, folders)]}
+    refused = run("models", "average", folders[0], tmp_path / "nowhere", "-o", mean)
+    assert refused.exit_code == 1
+    assert "nowhere" in refused.stderr
 
 
 def test_checkpoint_is_listed_prepared_and_used(pictures: Path, tmp_path: Path) -> None:

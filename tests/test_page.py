@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from retriever import demo
@@ -300,6 +301,37 @@ def test_scripts_of_all_directions_are_shown_as_they_are_written(page):
     assert arabic.evaluate("one => getComputedStyle(one).direction") == "rtl"
     chinese = page.locator("#captions li", has_text="火箭")
     assert chinese.evaluate("one => getComputedStyle(one).direction") == "ltr"
+
+
+FRAMES = """async (kind) => {
+  const canvas = document.querySelector("#map canvas");
+  const at = { clientX: 400, clientY: 300, bubbles: true, cancelable: true };
+  const times = [];
+  for (let frame = 0; frame < 40; frame += 1) {
+    const begin = performance.now();
+    const wheel = { ...at, deltaY: frame < 20 ? -60 : 60 };
+    const key = { bubbles: true, key: frame % 2 ? "ArrowLeft" : "ArrowRight" };
+    canvas.dispatchEvent(
+      kind === "zoom" ? new WheelEvent("wheel", wheel) : new KeyboardEvent("keydown", key));
+    // The page paints in the next frame; a task after it begins when the frame is done.
+    await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+    times.push(performance.now() - begin);
+  }
+  return times.sort((one, other) => one - other);
+}"""
+
+
+def test_a_map_of_ten_thousand_pictures_stays_fluid(page):
+    rng = np.random.default_rng(0)
+    middles = rng.random((40, 2))
+    x, y = (middles[rng.integers(40, size=10_000)] + rng.normal(0, 0.03, (10_000, 2))).clip(0, 1).T
+    many = {"ready": True, "message": None, "ids": list(range(1, 10_001))}
+    page.route("**/api/map**", lambda route: route.fulfill(json=many | {"x": [*x], "y": [*y]}))
+    page.click("#show-map")
+    sync_api.expect(page.locator("#map-status")).to_contain_text("10,000 pictures")
+    for kind in ("zoom", "shift"):
+        times = page.evaluate(FRAMES, kind)
+        assert times[len(times) // 2] < 100, f"{kind}: {times}"  # ms; a frame alone is 17
 
 
 @pytest.mark.parametrize("page", list(SIZES), indirect=True)
