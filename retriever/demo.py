@@ -61,10 +61,10 @@ PHOTOGRAPHS: dict[str, tuple[str, ...]] = {
 QUERY_PICTURE = "motorcycle_right.png"
 TEXT_QUERIES = (
     "a cat",
-    "text on paper",
+    "a red motorcycle",
     "a man taking a photograph",
     "stars in the night sky",
-    "a plate of spaghetti",  # of which there is none
+    "two dogs on a beach",  # of which there is none
 )
 EXPLAINED = "a man taking a photograph"  # whose best answer is shown with its heat map
 K = 4

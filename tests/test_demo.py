@@ -82,7 +82,7 @@ def test_picture_asked_with_is_not_in_the_library(shown: str, folder: Path) -> N
 
 def test_question_that_nothing_matches_is_told_so(shown: str, page: Page) -> None:
     lines = shown.splitlines()
-    for text, is_there in (("a cat", True), ("a plate of spaghetti", False)):
+    for text, is_there in (("a cat", True), ("two dogs on a beach", False)):
         told = lines[lines.index(f"“{text}”") + 1].strip()
         assert (told == demo.NO_MATCH) is not is_there
     assert demo.NO_MATCH in page.text

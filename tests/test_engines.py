@@ -26,11 +26,14 @@ TOWER = MINI_FOLDER / "image.onnx"
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """(40, 224, 224, 3): noise, smooth and coarse."""
+    """(40, 256, 256, 3): noise, smooth and coarse."""
     rng = np.random.default_rng(0)
+    side_of_mini = load_encoder().image_size
     made = [
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).resize((224, 224))
-        for side in (2, 5, 14, 60, 224) * 8
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).resize(
+            (side_of_mini, side_of_mini)
+        )
+        for side in (2, 5, 14, 60, 256) * 8
     ]
     return np.stack([np.asarray(one) for one in made])
 
@@ -52,7 +55,7 @@ def encoder_with(
 # ── The same rows ────────────────────────────────────────────────────────────────────────────────
 
 # Cosines in float32, and in bfloat16 as the tower of mini has them for noise.
-LEAST = {"onnxruntime": 0.999999, "openvino": 0.999999, "openvino-bf16": 0.95, "auto": 0.999999}
+LEAST = {"onnxruntime": 0.999999, "openvino": 0.999999, "openvino-bf16": 0.93, "auto": 0.999999}
 
 
 @pytest.mark.parametrize(
