@@ -230,6 +230,11 @@ class Transaction(Snapshot):
             self._change = self.version()[1]
         return self._change
 
+    def _follow_words(self, ids: Collection[int]) -> None:
+        """The words of these items as they are now; who holds others in memory looks again."""
+        _ = self.change
+        words.follow(self._connection, ids)
+
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """What is written inside is undone if the block raises, and nothing else."""
@@ -311,10 +316,12 @@ class Transaction(Snapshot):
                 .where(items.c.id.in_(chunk))
                 .values(status="failed", reason=reason, content_hash=None)
             )
+        _ = self.change
         words.remove(self._connection, ids)
 
     def make_words(self) -> None:
         """Make the table of words anew."""
+        _ = self.change
         words.make(self._connection)
 
     def optimize_words(self) -> None:
@@ -385,7 +392,7 @@ class Transaction(Snapshot):
             values["path"] = os.fsencode(values["path"])
         self._core.execute(roots.update().where(roots.c.id == root_id).values(**values))
         if "path" in values:  # whose last part is a folder's name
-            words.follow(self._connection, self.item_ids(root_id))
+            self._follow_words(self.item_ids(root_id))
 
     def write_items(self, root_id: int, batch: Sequence[ItemWrite]) -> list[int]:
         """Ids of these items, in order, which are now as the batch says."""
@@ -423,7 +430,7 @@ class Transaction(Snapshot):
             for item_id, item in zip(whole, batch, strict=True)
         )
         self._put_extras((item_id, item.extras) for item_id, item in zip(whole, batch, strict=True))
-        words.follow(self._connection, whole)
+        self._follow_words(whole)
         return whole
 
     def _image_vectors(self, batch: Sequence[ItemWrite]) -> list[Vectors | None]:
@@ -486,7 +493,7 @@ class Transaction(Snapshot):
                 [(one, v) for one, v in zip(kept, given, strict=False) if one not in have],
             )
             self._put_captions([(item_id, rows[len(kept) :], vectors[len(kept) :])], len(kept))
-        words.follow(self._connection, [item_id])
+        self._follow_words([item_id])
 
     def set_extras(self, item_id: int, pairs: Extras) -> None:
         """Replace an item's further columns."""
@@ -504,12 +511,13 @@ class Transaction(Snapshot):
             values["file"] = os.fsencode(values["file"])
         self._update_item(item_id, values)
         if is_moved:
-            words.follow(self._connection, [item_id])
+            self._follow_words([item_id])
 
     def remove(self, ids: Collection[int]) -> None:
         """Remove items with their captions and embeddings."""
         self._drop_embeddings("image", ids)
         self._drop_captions(ids)
+        _ = self.change
         words.remove(self._connection, ids)
         self._delete(extras, extras.c.item_id, ids)
         self._delete(items, items.c.id, ids)

@@ -372,8 +372,13 @@ class Store:
                             gallery, version=(-1, -1), index=None, approximate=None
                         )
 
+    def is_exact(self, kind: Kind, k: int, source: Source | None) -> bool:
+        """Whether `search` looks at everything for k results to such queries."""
+        approximate = self._gallery(kind).approximate
+        return approximate is None or approximate.direction(source, k) is None
+
     def words(self, text: str, *, among: NDArray[np.int64] | None = None) -> WordMatch:
-        """All items that have any of a text's words; see `Snapshot.words`."""
+        """Items that have any of a text's words, up to `words.SCORED`; see `Snapshot.words`."""
         with self._catalogue.read() as rows:
             return rows.words(text, among=among, lists=self._word_lists(rows))
 
@@ -425,10 +430,11 @@ class Store:
         """
         with self._catalogue.read() as rows:
             told = rows.embedded_captions(item_ids)
-        if not told:
-            return {}
-        vectors = np.stack([vector for _, _, vector in told]).astype(np.float64)
-        scores = (vectors * query).sum(axis=1).tolist()
+            if not told:
+                return {}
+            # Within, so that vectors of several lengths are told as damage.
+            vectors = np.stack([vector for _, _, vector in told]).astype(np.float64)
+            scores = (vectors * query).sum(axis=1).tolist()
         nearest: dict[int, tuple[float, CaptionRow]] = {}
         for (item_id, caption, _), score in zip(told, scores, strict=True):
             if item_id not in nearest or score > nearest[item_id][0]:  # else the first of equals

@@ -559,7 +559,11 @@ def _each(work: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
 
     In others FAISS would wake its own for each query, of which all but one only wait, in a loop.
     """
-    return list(_pool().map(work, parts))
+    try:
+        running = [_pool().submit(work, part) for part in parts]
+    except RuntimeError:  # the interpreter is ending, and this thread outlives the main one
+        return [work(part) for part in parts]
+    return [one.result() for one in running]
 
 
 @functools.cache

@@ -306,6 +306,8 @@ def search(
     Words that no item has are taken for the nearest that one has, and common words are left out
     beside rarer ones; `terms` says which.
     """
+    if any(" " in stem for _, stem in _stemmed(asked(text))):
+        lists = None  # SQLite takes the word apart, so it is a phrase
     plan = _Plan.of(connection, text, lists)
     ids, scores = plan.scored(connection, among, limit, lists)
     order = np.lexsort((ids, -scores))[:limit]
@@ -453,18 +455,18 @@ class WordLists:
         self, connection: sqlite3.Connection, stem: str
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Places in `ids` of the items that have a word, and what it is worth to each."""
-        if stem not in self._of:
+        kept = self._of.get(stem)
+        if kept is None:
             found = connection.execute(
                 "SELECT doc, count(*) FROM words_places WHERE term = ? GROUP BY doc", (stem,)
             ).fetchall()
             ids, often = np.array(found, dtype=np.int64).reshape(-1, 2).T
             places = np.searchsorted(self.ids, ids)
             idf = _idf(len(self.ids), len(ids))
-            self._of[stem] = (
-                places,
-                idf * (K1 + 1) * often / (often + self._damping[places]),
-            )
-        return self._of[stem]
+            kept = places, idf * (K1 + 1) * often / (often + self._damping[places])
+            if found:  # else anyone could fill the memory with words that are nowhere
+                self._of[stem] = kept
+        return kept
 
 
 def _varints(packed: bytes) -> NDArray[np.int64]:

@@ -18,12 +18,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from indexes.words import SCORED
 
 if TYPE_CHECKING:
     from indexes.records import Kind, Source, Term, WordMatch
@@ -127,7 +129,7 @@ class Channels:
     among: Ids | None = None
     exact: bool = False
     fusion: Fusion = field(default=FALLBACK)
-    heard: WordMatch | None = None  # all that have any of the words, were it known already
+    heard: WordMatch | None = None  # what `Store.words` gives, were it known already
 
     def best(self, mode: Mode, count: int) -> Ranking:
         """The `count` best pictures; fewer only if no others have anything in this mode.
@@ -180,7 +182,10 @@ class Channels:
         depth = max(DEPTH, DEPTH_PER_RESULT * count)
         while True:
             looked = aside(self._channel, "image", depth)
-            told = self._channel("caption", depth)
+            try:
+                told = self._channel("caption", depth)
+            finally:
+                wait([looked])
             parts: dict[Channel, Ranking] = {
                 "image": looked.result(),
                 "caption": told,
@@ -192,7 +197,14 @@ class Channels:
                 for name, part in parts.items()
             }
             found = np.concatenate([part.ids for part in parts.values()])
-            ranking = self._fused(_distinct(found), told, words, last, count)
+            # An approximate index misses captions, so of what it does not tell nothing is known.
+            is_exact = (
+                self.exact
+                or self.among is not None
+                or self.store.is_exact("caption", depth, self.source)
+            )
+            ids = _distinct(found)
+            ranking = self._fused(ids, told, words, last, count if is_exact else len(ids))
             ranking = replace(ranking, is_all=ranking.is_all and parts["image"].is_all)
             is_sure = len(ranking.ids) >= count and ranking.scores[count - 1] >= self.fusion.bound(
                 last
@@ -204,7 +216,8 @@ class Channels:
     def _words(self) -> Ranking:
         """All pictures that have any of the words."""
         match = self.heard
-        if match is None:
+        is_cut = match is not None and len(match.ids) >= SCORED
+        if match is None or (is_cut and self.among is not None):
             match = self.store.words(self.text, among=self.among)
         elif self.among is not None:
             is_asked = np.isin(match.ids, self.among, assume_unique=True)
@@ -224,13 +237,17 @@ class Channels:
             told: those of the pictures whose nearest caption is known already.
             words: all pictures that have any of the words.
             last: the most that an unknown caption can have, under "caption".
-            count: answers wanted.
+            count: answers wanted; as many as there are pictures leaves out none.
         """
         ids, image = self._given("image", ids)
+        heard = _at(ids, words.ids, words.scores, 0.0)
+        if len(words.ids) >= SCORED:  # there may be others
+            with self.store.snapshot() as rows:
+                heard = rows.word_scores(self.text, ids)
         channels: dict[Channel, Scores] = {
             "image": image,
             "caption": _at(ids, told.ids, told.scores, np.nan),
-            "words": _at(ids, words.ids, words.scores, 0.0),
+            "words": heard,
         }
         is_known = ~np.isnan(channels["caption"])
         most = self.fusion.fuse(
@@ -280,7 +297,12 @@ class Channels:
 
 def aside(work: Callable[..., T], *args: Any) -> Future[T]:
     """Does in a thread of its own what needs no Python while it takes long: SQLite, FAISS."""
-    return _threads().submit(work, *args)
+    try:
+        return _threads().submit(work, *args)
+    except RuntimeError:  # the interpreter is ending, and this thread outlives the main one
+        done: Future[T] = Future()
+        done.set_result(work(*args))
+        return done
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
@@ -224,8 +225,11 @@ class Searcher:
             return chosen, [*named, (0, chosen)], heard
 
         listening = aside(listen)  # SQLite meanwhile
-        # What words alone find needs no encoder.
-        composed = self._composed(query, fit) if mode != "words" or query.without else None
+        try:
+            # What words alone find needs no encoder.
+            composed = self._composed(query, fit) if mode != "words" or query.without else None
+        finally:
+            wait([listening])  # nothing of a query goes on when it has failed
         row = composed.row if composed and mode != "words" else None
         chosen, groups, heard = listening.result()
         channels = replace(self._channels(query, fit, row, exact=exact), heard=heard)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import retriever.channels as channels_module
-from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store
+from indexes.store import CaptionRow, ItemWrite, Match, ModelSpec, Store
 from retriever.channels import CHANNELS, FALLBACK, Channels, Fusion
 
 DIM = 8
@@ -149,6 +149,40 @@ def test_the_best_of_all_channels_are_those_of_looking_at_everything(
             assert found.ids[:k].tolist() == ids[:k]
             assert found.scores[:k] == pytest.approx(scores[:k], abs=1e-6)
             assert len(found.ids) >= min(k, len(ids))
+
+
+def test_a_caption_that_an_approximate_index_misses_costs_no_answer(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = store.search
+
+    def lossy(kind: Any, queries: Any, k: int, **wanted: Any) -> Any:
+        if kind != "caption" or wanted.get("among") is not None or wanted.get("exact"):
+            return search(kind, queries, k, **wanted)
+        (found,) = search(kind, queries, k + 3)
+        return [Match(found.ids[3:], found.scores[3:])]  # without the nearest
+
+    monkeypatch.setattr(store, "search", lossy)
+    monkeypatch.setattr(store, "is_exact", lambda *_: False)
+    for seed in range(10):
+        query = asked(store, seed)
+        ids, _ = everything(query, None)
+        assert query.best("hybrid", 5).ids.tolist() == ids[:5]
+
+
+def test_more_pictures_with_a_word_than_are_scored_at_once_are_ranked_all_the_same(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("SCORED", 40), ("DEPTH", 10), ("DEPTH_PER_RESULT", 1), ("DEEPEST", 10)):
+        monkeypatch.setattr(channels_module, name, value)
+    monkeypatch.setattr("indexes.words.SCORED", 40)
+    for seed in range(10):
+        query = asked(store, seed)
+        found = query.best("hybrid", 5)
+        assert found.scores.tolist() == query.fusion.fuse(found.channels).tolist()
+        known, channels = query.scores(np.sort(found.ids))
+        by_id = dict(zip(known.tolist(), channels["words"].tolist(), strict=True))
+        assert [by_id[one] for one in found.ids.tolist()] == found.channels["words"].tolist()
 
 
 @pytest.mark.parametrize("mode", ["image", "caption", "words", "hybrid"])
