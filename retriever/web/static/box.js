@@ -88,7 +88,9 @@ function explained(reason) {
     parts.push(make("p", { dir: "auto" }, make("small", {}, `nearest caption, ${reason.caption_score.toFixed(3)}: `), reason.caption));
   }
   if (reason.percentile !== null) {
-    parts.push(make("p", {}, make("small", {}, `above ${Math.floor(100 * reason.percentile)} % of what unrelated texts find here`)));
+    parts.push(make("p", {}, make("small", {}, reason.percentile < 1
+      ? `above ${Math.floor(100 * reason.percentile)} % of what unrelated texts find here`
+      : "above all that unrelated texts find here")));
   }
   return parts;
 }
