@@ -901,7 +901,7 @@ def test_a_config_that_says_something_else_than_before_is_another_model(
     then = json.loads(run("info", "--json", library=library).stdout)["model"]["fingerprint"][:12]
     for part, key, value in (
         (config, "dim", 512),
-        (config["image"], "size", 256),
+        (config["image"], "size", 224),
         (config["text"], "max_tokens", 32),
     ):
         kept, part[key] = part[key], value
