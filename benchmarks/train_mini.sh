@@ -41,18 +41,11 @@ train() {
         --finetune --freeze-stages 4 --batch-size 128 --ema 0.99 --lr 3e-4 --image-lr 3e-4 \
         --text-lr 5e-5 --token-lr 2e-4 --text-weight 0.2 --patience 20 "$@"
 }
-# mean NAME WEIGHTS RUN...
-mean() {
-    local name=$1 weights=$2
-    shift 2
-    [ -d "$work/$name.ckpt" ] || retriever models average "${@/#/$work/}" --weights "$weights" \
-        -o "$work/$name.ckpt"
-}
 small=(--captions-per-picture 4 --train-size 192)  # faster, and as good
 
 train a heads 0 10
 train b a 1 14 "${small[@]}"
-mean ab 1,1 a.ckpt b.ckpt
+[ -d "$work/ab.ckpt" ] || retriever models average "$work"/{a,b}.ckpt -o "$work/ab.ckpt"
 train c ab 2 6 "${small[@]}"
 train d heads 7 8 "${small[@]}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -230,10 +231,10 @@ class Transaction(Snapshot):
             self._change = self.version()[1]
         return self._change
 
-    def _follow_words(self, ids: Collection[int]) -> None:
-        """The words of these items as they are now; who holds others in memory looks again."""
+    def _for_words(self) -> sqlite3.Connection:
+        """What words are written through: those who hold them in memory look again."""
         _ = self.change
-        words.follow(self._connection, ids)
+        return self._connection
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -316,13 +317,11 @@ class Transaction(Snapshot):
                 .where(items.c.id.in_(chunk))
                 .values(status="failed", reason=reason, content_hash=None)
             )
-        _ = self.change
-        words.remove(self._connection, ids)
+        words.remove(self._for_words(), ids)
 
     def make_words(self) -> None:
         """Make the table of words anew."""
-        _ = self.change
-        words.make(self._connection)
+        words.make(self._for_words())
 
     def optimize_words(self) -> None:
         """Have as little to read for each word as can be."""
@@ -392,7 +391,7 @@ class Transaction(Snapshot):
             values["path"] = os.fsencode(values["path"])
         self._core.execute(roots.update().where(roots.c.id == root_id).values(**values))
         if "path" in values:  # whose last part is a folder's name
-            self._follow_words(self.item_ids(root_id))
+            words.follow(self._for_words(), self.item_ids(root_id))
 
     def write_items(self, root_id: int, batch: Sequence[ItemWrite]) -> list[int]:
         """Ids of these items, in order, which are now as the batch says."""
@@ -430,7 +429,7 @@ class Transaction(Snapshot):
             for item_id, item in zip(whole, batch, strict=True)
         )
         self._put_extras((item_id, item.extras) for item_id, item in zip(whole, batch, strict=True))
-        self._follow_words(whole)
+        words.follow(self._for_words(), whole)
         return whole
 
     def _image_vectors(self, batch: Sequence[ItemWrite]) -> list[Vectors | None]:
@@ -493,7 +492,7 @@ class Transaction(Snapshot):
                 [(one, v) for one, v in zip(kept, given, strict=False) if one not in have],
             )
             self._put_captions([(item_id, rows[len(kept) :], vectors[len(kept) :])], len(kept))
-        self._follow_words([item_id])
+        words.follow(self._for_words(), [item_id])
 
     def set_extras(self, item_id: int, pairs: Extras) -> None:
         """Replace an item's further columns."""
@@ -511,14 +510,13 @@ class Transaction(Snapshot):
             values["file"] = os.fsencode(values["file"])
         self._update_item(item_id, values)
         if is_moved:
-            self._follow_words([item_id])
+            words.follow(self._for_words(), [item_id])
 
     def remove(self, ids: Collection[int]) -> None:
         """Remove items with their captions and embeddings."""
         self._drop_embeddings("image", ids)
         self._drop_captions(ids)
-        _ = self.change
-        words.remove(self._connection, ids)
+        words.remove(self._for_words(), ids)
         self._delete(extras, extras.c.item_id, ids)
         self._delete(items, items.c.id, ids)
 

@@ -5,14 +5,13 @@ The only home of faiss. Nothing here pads: a result holds as many ids as there a
 
 from __future__ import annotations
 
-import functools
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from indexes.files import sync
 from indexes.records import FileStamp, Match
+from indexes.threads import Threads
 
 faiss: Any = _faiss  # its own type hints leave out half of what stands below
 
@@ -559,23 +559,12 @@ def _each(work: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
 
     In others FAISS would wake its own for each query, of which all but one only wait, in a loop.
     """
-    try:
-        running = [_pool().submit(work, part) for part in parts]
-    except RuntimeError:  # the interpreter is ending, and this thread outlives the main one
-        return [work(part) for part in parts]
+    running = [_THREADS.submit(work, part) for part in parts]
     return [one.result() for one in running]
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    # In them FAISS uses no further threads; the setting is one of each thread.
-    return ThreadPoolExecutor(
-        THREADS, "search", initializer=faiss.omp_set_num_threads, initargs=(1,)
-    )
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+# In them FAISS uses no further threads; the setting is one of each thread.
+_THREADS = Threads("search", THREADS, partial(faiss.omp_set_num_threads, 1))
 
 
 def merge(parts: Iterable[Match], k: int) -> Match:

@@ -379,7 +379,7 @@ class _Plan:
         terms = tuple(replace(term, left_out=term not in kept) for term in spelt)
         counted = [term for term in terms if not term.left_out]
         found = tuple(term.text for term in counted if term.count)
-        most = (K1 + 1) * sum(_idf(total, term.count) for term in counted)
+        most = (K1 + 1) * sum(idf(total, term.count) for term in counted)
         return cls(terms, found, most)
 
     def scored(
@@ -432,8 +432,7 @@ class WordLists:
         lengths = (
             _varints(b"".join(sizes for _, sizes in rows)).reshape(-1, len(COLUMNS)).sum(axis=1)
         )
-        average = lengths.mean() if lengths.any() else 1.0
-        self._damping = K1 * (1 - B + B * lengths / average)
+        self._damping = damping(lengths)
         self._of: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
 
     def count(self, connection: sqlite3.Connection, stem: str) -> int:
@@ -462,8 +461,8 @@ class WordLists:
             ).fetchall()
             ids, often = np.array(found, dtype=np.int64).reshape(-1, 2).T
             places = np.searchsorted(self.ids, ids)
-            idf = _idf(len(self.ids), len(ids))
-            kept = places, idf * (K1 + 1) * often / (often + self._damping[places])
+            most = (K1 + 1) * idf(len(self.ids), len(ids))
+            kept = places, most * often / (often + self._damping[places])
             if found:  # else anyone could fill the memory with words that are nowhere
                 self._of[stem] = kept
         return kept
@@ -483,9 +482,16 @@ def _quoted(words: str) -> str:
     return f'"{words}"'  # there are letters and digits alone, see `asked`
 
 
-def _idf(total: int, count: int) -> float:
-    idf = math.log((total - count + 0.5) / (count + 0.5)) if total else 0.0
-    return idf if idf > 0 else LEAST_IDF
+def idf(total: int, count: int) -> float:
+    """What a word is worth that `count` of `total` items have."""
+    weight = math.log((total - count + 0.5) / (count + 0.5)) if total else 0.0
+    return weight if weight > 0 else LEAST_IDF
+
+
+def damping(lengths: NDArray[np.integer | np.floating]) -> NDArray[np.float64]:
+    """(n,) what stands beside how often a word is said, in items of so many words (n,)."""
+    average = lengths.mean() if lengths.any() else 1.0
+    return np.asarray(K1 * (1 - B + B * lengths / average), dtype=np.float64)
 
 
 def _total(connection: sqlite3.Connection) -> int:

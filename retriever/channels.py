@@ -15,16 +15,15 @@ algorithms for middleware"), or to the 400 best of each, beyond which hardly any
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Collection, Mapping
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from indexes.threads import Threads
 from indexes.words import SCORED
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ CHANNELS: tuple[Channel, ...] = ("image", "caption", "words")
 Mode = Literal["image", "caption", "words", "hybrid"]
 MODES: tuple[Mode, ...] = (*CHANNELS, "hybrid")
 
-T = TypeVar("T")
 Ids = NDArray[np.int64]
 Rows = NDArray[np.float32]
 Scores = NDArray[np.float32]
@@ -46,6 +44,7 @@ Scores = NDArray[np.float32]
 DEPTH = 100
 DEPTH_PER_RESULT = 5
 DEEPEST = 400
+ASIDE = Threads("aside")  # for one part of a query while another is looked for
 # Captions looked at for each picture wanted, at first: several of one picture lie together.
 CAPTIONS_PER_PICTURE = 3
 
@@ -181,7 +180,7 @@ class Channels:
         words = self._words()
         depth = max(DEPTH, DEPTH_PER_RESULT * count)
         while True:
-            looked = aside(self._channel, "image", depth)
+            looked = ASIDE.submit(self._channel, "image", depth)
             try:
                 told = self._channel("caption", depth)
             finally:
@@ -293,25 +292,6 @@ class Channels:
         (match,) = self.store.search(kind, self.row[None], len(ids), among=ids, exact=True)
         order = np.argsort(match.ids)
         return match.ids[order], match.scores[order]
-
-
-def aside(work: Callable[..., T], *args: Any) -> Future[T]:
-    """Does in a thread of its own what needs no Python while it takes long: SQLite, FAISS."""
-    try:
-        return _threads().submit(work, *args)
-    except RuntimeError:  # the interpreter is ending, and this thread outlives the main one
-        done: Future[T] = Future()
-        done.set_result(work(*args))
-        return done
-
-
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="aside")
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def _distinct(ids: Ids) -> Ids:

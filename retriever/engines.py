@@ -220,14 +220,18 @@ def _openvino(
 ) -> tuple[Callable[[Feed], Array], str]:
     import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+    def least_cosine(run: Callable[[Feed], Array], trial: tuple[Feed, Array]) -> float:
+        feed, expected = trial
+        return float((run(feed) * expected).sum(axis=1).min())
+
     core = openvino.Core()
     is_forced = wanted_engine() == "openvino-bf16"
     if (trial or is_forced) and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         run = _requests(core, path, count, "bf16")
-        if is_forced or (trial and (run(trial[0]) * trial[1]).sum(axis=1).min() >= NEAR):
+        if is_forced or (trial and least_cosine(run, trial) >= NEAR):
             return run, "OpenVINO (bfloat16)"
     run = _requests(core, path, count, "f32")
-    if trial and (run(trial[0]) * trial[1]).sum(axis=1).min() < SAME:
+    if trial and least_cosine(run, trial) < SAME:
         raise RuntimeError(f"OpenVINO computes something else than {path} says")
     return run, "OpenVINO (float32)"
 

@@ -58,7 +58,6 @@ FEWEST = 30
 KS = (1, 10)
 # Queries scored at a time: against 10,000 captions, 10 MiB.
 BLOCK = 256
-B = words.B
 # The prior, in standard deviations of the channels over all pairs: the weights that the bundled
 # model's channels have on Flickr8k, give or take 1; the line of pictures without captions, give or
 # take 3 at its foot. Queries outweigh it from some tens on.
@@ -87,16 +86,16 @@ class _Words:
         for term, place, times in _terms(rows):
             gathered.setdefault(term, []).append((place, times))
             lengths[place] += times
-        damping = words.K1 * (1 - B + B * lengths / (lengths.sum() / max(1, len(rows)) or 1.0))
+        damping = words.damping(lengths)
         idf: dict[str, float] = {}
         found: dict[str, tuple[Places, Scores]] = {}
         for term, pairs in gathered.items():
-            idf[term] = _idf(len(pairs), len(rows))
+            idf[term] = words.idf(len(rows), len(pairs))
             places, often = np.array(pairs, dtype=np.int64).T
             # Of what the word could weigh, idf (k1 + 1), the share that it does.
             worth = idf[term] * often / (often + damping[places])
             found[term] = places, worth.astype(np.float32)
-        return cls(idf, found, _idf(0, len(rows)), len(rows))
+        return cls(idf, found, words.idf(len(rows), 0), len(rows))
 
     def scores(self, texts: Sequence[str]) -> Scores:
         """(q, n) float32 in [0, 1]."""
@@ -110,10 +109,6 @@ class _Words:
                 scores[at, places] += worth
         scores /= np.maximum(most, words.LEAST_IDF)[:, None].astype(np.float32)
         return scores
-
-
-def _idf(count: int, total: int) -> float:
-    return max(math.log((total - count + 0.5) / (count + 0.5)), words.LEAST_IDF)
 
 
 def _terms(rows: Sequence[words.Row]) -> list[tuple[str, int, int]]:

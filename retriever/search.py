@@ -22,6 +22,7 @@ from indexes.errors import StoreDamagedError
 from retriever.asking import Query, phrases, unquoted, unspoken
 from retriever.calibration import CUT, Calibration
 from retriever.channels import (
+    ASIDE,
     FALLBACK,
     MODES,
     Channel,
@@ -32,7 +33,6 @@ from retriever.channels import (
     Ranking,
     Rows,
     Scores,
-    aside,
 )
 from retriever.errors import UsageError
 
@@ -224,7 +224,7 @@ class Searcher:
             heard = self._store.words(_text(query), among=chosen) if mode == "hybrid" else None
             return chosen, [*named, (0, chosen)], heard
 
-        listening = aside(listen)  # SQLite meanwhile
+        listening = ASIDE.submit(listen)  # SQLite meanwhile
         try:
             # What words alone find needs no encoder.
             composed = self._composed(query, fit) if mode != "words" or query.without else None

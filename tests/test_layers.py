@@ -61,7 +61,7 @@ LAYERS = [
     {"indexes.catalogue", "indexes.vectors"},
     {"indexes.snapshot"},
     {"indexes.filters"},
-    {"indexes.locks", "indexes.migrations", "indexes.words"},
+    {"indexes.locks", "indexes.migrations", "indexes.threads", "indexes.words"},
     {"indexes.heads"},
     {"indexes.records"},
     {"indexes.files"},

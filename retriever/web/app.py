@@ -57,6 +57,7 @@ class Size(IntEnum):
     SMALL, MEDIUM, LARGE, LARGEST = SIZES
 
 
+InAddress = Annotated[LibraryName, Query()]
 ItemId = Annotated[Id, InPath(description="The id of a picture.")]
 Pictures = Annotated[
     list[UploadFile], File(max_length=MOST_PARTS, description="Pictures to ask with.")
@@ -135,7 +136,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
     @app.get("/api/captions", tags=["search"])
     async def captions(
         id: Annotated[Id, Query(description="The id of a picture.")],
-        library: Annotated[LibraryName, Query()] = None,
+        library: InAddress = None,
         where: Annotated[Text, Query(description="Captions of such pictures only.")] = "",
         k: Annotated[int, Query(ge=1, le=100)] = 5,
     ) -> schemas.Captions:
@@ -145,7 +146,7 @@ def _add_search(app: FastAPI, service: Service) -> None:
     @app.post("/api/captions", tags=["search"])
     async def captions_by_upload(
         picture: Annotated[UploadFile, File(description="A picture.")],
-        library: Annotated[LibraryName, Query()] = None,
+        library: InAddress = None,
         where: Annotated[Text, Query(description="Captions of such pictures only.")] = "",
         k: Annotated[int, Query(ge=1, le=100)] = 5,
     ) -> schemas.Captions:
@@ -296,7 +297,7 @@ def _captions(
 def _add_items(app: FastAPI, service: Service) -> None:
     @app.get("/api/items", tags=["pictures"])
     async def items(
-        library: Annotated[LibraryName, Query()] = None,
+        library: InAddress = None,
         where: Annotated[Text, Query(description="A filter, as on the command line.")] = "",
         k: Annotated[int, Query(ge=1, le=200)] = 30,
         offset: Annotated[int, Query(ge=0, lt=1 << 40)] = 0,
@@ -305,7 +306,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
         return await service.run(_items, service, library, where, k, offset)
 
     @app.get("/api/items/{id}", tags=["pictures"])
-    async def item(id: ItemId, library: Annotated[LibraryName, Query()] = None) -> schemas.Item:
+    async def item(id: ItemId, library: InAddress = None) -> schemas.Item:
         """All that is known of a picture."""
         return await service.run(_item, service, library, id)
 
@@ -318,7 +319,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
     async def thumbnail(
         request: Request,
         id: ItemId,
-        library: Annotated[LibraryName, Query()] = None,
+        library: InAddress = None,
         size: Annotated[Size, Query(description="Pixels of the longer side.")] = Size.MEDIUM,
     ) -> Response:
         """A picture as a small JPEG."""
@@ -333,9 +334,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
         response_class=Response,
         responses={200: {"content": {"image/*": {}}}},
     )
-    async def picture(
-        request: Request, id: ItemId, library: Annotated[LibraryName, Query()] = None
-    ) -> Response:
+    async def picture(request: Request, id: ItemId, library: InAddress = None) -> Response:
         """A picture as it is in its file, or as JPEG if browsers do not show its format."""
         found = await service.run(lambda: service.item(service.shelf(library), id))
         return await _sent(request, content_key(found), lambda: service.picture(found))
@@ -351,7 +350,7 @@ def _add_items(app: FastAPI, service: Service) -> None:
         return Response(data, media_type=kind, headers=headers)
 
     @app.get("/api/map", tags=["pictures"])
-    async def map(library: Annotated[LibraryName, Query()] = None) -> schemas.MapRecord:
+    async def map(library: InAddress = None) -> schemas.MapRecord:
         """Every picture as a point: those that show alike lie together."""
         return await service.run(lambda: _map(service.shelf(library)))
 
@@ -419,7 +418,7 @@ def _add_state(app: FastAPI, service: Service, measured: "Measured") -> None:
         return schemas.Libraries(libraries=records)
 
     @app.get("/api/fields", tags=["library"])
-    async def fields(library: Annotated[LibraryName, Query()] = None) -> schemas.Fields:
+    async def fields(library: InAddress = None) -> schemas.Fields:
         """What a filter may ask for, with the commonest values."""
         return await service.run(lambda: _fields(service.shelf(library)))
 
@@ -429,9 +428,7 @@ def _add_state(app: FastAPI, service: Service, measured: "Measured") -> None:
         response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
     )
-    async def progress(
-        request: Request, library: Annotated[LibraryName, Query()] = None
-    ) -> StreamingResponse:
+    async def progress(request: Request, library: InAddress = None) -> StreamingResponse:
         """What a library holds, now and whenever that changes, as server-sent events."""
         return StreamingResponse(
             _changes(request, service, (await service.run(service.shelf, library)).name),
@@ -489,16 +486,22 @@ async def _changes(request: Request, service: Service, name: str) -> AsyncIterat
     end = time.monotonic() + STREAM_SECONDS
     while time.monotonic() < end and not await request.is_disconnected():
         try:
-            library = (await service.run(service.shelf, name)).library
-            version = await service.run(getattr, library, "version")
-            if version != seen:
-                seen = version
-                counts = await service.run(library.counts)
-                data = json.dumps(counts | {"generation": version[0], "change": version[1]})
+            if found := await service.run(_newer, service, name, seen):
+                seen, counts = found
+                data = json.dumps(counts | {"generation": seen[0], "change": seen[1]})
                 yield f"event: library\ndata: {data}\n\n"
         except (BusyError, StoreError):
             pass  # told to those who search; here it is tried again
         await asyncio.sleep(TICK)
+
+
+def _newer(
+    service: Service, name: str, seen: tuple[int, int] | None
+) -> tuple[tuple[int, int], dict[str, int]] | None:
+    """A library's state and what it holds, if that is not the state that was seen."""
+    library = service.shelf(name).library
+    version = library.version
+    return None if version == seen else (version, library.counts())
 
 
 def _pictures(library: Library) -> float:
