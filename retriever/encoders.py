@@ -291,7 +291,7 @@ class OnnxEncoder:
         def feed(input_ids: Array, mask: Array) -> Feed:
             return {"input_ids": input_ids} | ({"attention_mask": mask} if has_mask else {})
 
-        run, run_all, size = self._way("text", len(texts))
+        run, run_all, size = self._way("text", len(texts), lambda n: feed(*_padded(ids[:n])))
         rows = _encode_by_length(
             ids, self.dim, lambda *inputs: run(feed(*inputs)), size=size, run_all=run_all
         )
@@ -367,7 +367,7 @@ class OnnxEncoder:
         return path
 
     def _way(
-        self, tower: Tower, n: int, first: Callable[[int], Feed] | None = None
+        self, tower: Tower, n: int, first: Callable[[int], Feed]
     ) -> tuple[Callable[[Feed], Array], "RunAll", int]:
         """The best way to run n inputs: one run, a `map` for many, and inputs for each of them."""
         with self._guard:
@@ -395,9 +395,7 @@ class OnnxEncoder:
     def _query_session(self, tower: Tower) -> Any:
         return self._image_session if tower == "image" else self._text_session
 
-    def _lanes_for(
-        self, tower: Tower, n: int, first: Callable[[int], Feed] | None
-    ) -> "Lanes | None":
+    def _lanes_for(self, tower: Tower, n: int, first: Callable[[int], Feed]) -> "Lanes | None":
         """The lanes of a tower, once it has had enough inputs to be worth their start."""
         from retriever.engines import Lanes, wanted_engine
 
@@ -410,8 +408,11 @@ class OnnxEncoder:
             path = self.folder / f"{tower}.onnx"
             self._weights_of(tower, self._checked_file(path.name))
             trial = None
-            if first:
-                feed, run = first(CPU_BATCH[tower]), partial(_first_output, self._image_session)
+            if not self._stays:
+                feed, run = (
+                    first(CPU_BATCH[tower]),
+                    partial(_first_output, self._query_session(tower)),
+                )
                 trial = feed, self._checked_run(path, run, feed)
             # Its weights need not be in memory twice. A query brings it back.
             self.__dict__.pop(f"_{tower}_session", None)

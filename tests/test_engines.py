@@ -52,6 +52,13 @@ def encoder_with(
     return OnnxEncoder(MINI_FOLDER, threads=threads)
 
 
+def has_bfloat16() -> bool:
+    """Whether OpenVINO multiplies bfloat16 on this processor."""
+    import openvino  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 # ── The same rows ────────────────────────────────────────────────────────────────────────────────
 
 # Cosines in float32, and in bfloat16 as the tower of mini has them for noise.
@@ -79,7 +86,20 @@ def test_many_captions_answer_in_their_order_what_single_ones_do(
     texts = [f"{words[n % 4]} {n}" for n in range(37)]
     expected = np.concatenate([load_encoder(threads=1).encode_texts([text]) for text in texts])
     encoder = encoder_with(monkeypatch, engine)
-    assert ((encoder.encode_texts(texts) * expected).sum(axis=1) >= 0.999999).all()
+    least = 0.9998 if engine == "openvino" and has_bfloat16() else 0.999999
+    assert ((encoder.encode_texts(texts) * expected).sum(axis=1) >= least).all()
+
+
+@OPENVINO
+def test_texts_that_an_engine_computes_as_something_else_are_left_to_onnx_runtime(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engines, "least_cosine", lambda *_: 0.5)
+    encoder = encoder_with(monkeypatch, "auto")
+    texts = [f"{n} dogs" for n in range(200)]
+    rows = encoder.encode_texts(texts)
+    assert encoder.engine == "ONNX Runtime"
+    assert rows[7] @ encoder.encode_texts([texts[7]])[0] >= 0.999999
 
 
 @OPENVINO
@@ -102,7 +122,10 @@ def test_the_engines_of_both_towers_are_named_where_they_differ(
     encoder.encode_texts(["a dog"])
     assert encoder.engine == "OpenVINO (float32) for pictures, ONNX Runtime for texts"
     encoder.encode_texts(["a dog", "a cat"])
-    assert encoder.engine == "OpenVINO (float32)"
+    if has_bfloat16():
+        assert encoder.engine == "OpenVINO (float32) for pictures, OpenVINO (bfloat16) for texts"
+    else:
+        assert encoder.engine == "OpenVINO (float32)"
 
 
 @OPENVINO
@@ -299,12 +322,12 @@ def test_a_model_of_links_to_its_files_runs(
         if path.is_file():
             (tmp_path / path.name).symlink_to(path)
     encoder = OnnxEncoder(tmp_path)
-    rows = encoder.encode_texts(["a dog"]), encoder.encode_texts(["a dog", "a cat"])[:1]
-    np.testing.assert_allclose(*rows, atol=1e-5)
+    [alone], [beside, _] = encoder.encode_texts(["a dog"]), encoder.encode_texts(["a dog", "a cat"])
+    assert alone @ beside >= engines.NEAR
 
 
-def test_an_encoder_that_stays_gives_the_same_rows():
-    once, staying = load_encoder("mini"), load_encoder("mini")
+def test_an_encoder_that_stays_gives_the_same_rows() -> None:
+    once, staying = OnnxEncoder(MINI_FOLDER), OnnxEncoder(MINI_FOLDER)
     staying.stay()
     for text in ("a red square", "two dogs run on the beach"):
         assert staying.encode_texts([text]) == pytest.approx(once.encode_texts([text]), abs=1e-6)
