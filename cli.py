@@ -148,7 +148,7 @@ def index(
                 stop=lambda: bool(stop()),
             )
         made_by = library.model.name
-        print_index_report(report, library.path, time.monotonic() - started, as_json)
+        print_index_report(report, library, time.monotonic() - started, as_json)
     if made_by == DEFAULT_MODEL and report.added and is_first:
         click.echo(STRONGER, err=True)
     if report.interrupted:

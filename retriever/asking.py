@@ -81,11 +81,11 @@ class Query:
         *,
         text_weight: float = 1.0,
     ) -> Query:
-        """The same with further pictures and exclusions, and its texts weighed beside those."""
+        """The same, weighed by `text_weight`, with further pictures and exclusions."""
         return replace(
             self,
             texts=tuple((text, weight * text_weight) for text, weight in self.texts),
-            images=(*self.images, *images),
+            images=(*((one, weight * text_weight) for one, weight in self.images), *images),
             without=(*self.without, *without),
         )
 

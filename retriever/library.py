@@ -1041,14 +1041,8 @@ def _query(
         image = image.expanduser()
     typed = parse(text) if isinstance(text, str) else text or Query()
     shunned = [without] if isinstance(without, str | Path) else without
-    return replace(
-        typed,
-        texts=tuple((part, weight * text_weight) for part, weight in typed.texts),
-        images=(
-            *((part, weight * text_weight) for part, weight in typed.images),
-            *(((image, image_weight),) if image is not None else ()),
-        ),
-        without=(*typed.without, *shunned),
+    return typed.beside(
+        [] if image is None else [(image, image_weight)], shunned, text_weight=text_weight
     )
 
 

@@ -369,10 +369,12 @@ def _signals(handler: Handler) -> Iterator[Mapping[int, Any]]:
             signal.signal(number, was)
 
 
-def print_index_report(report: "IndexReport", library: Path, seconds: float, as_json: bool) -> None:
+def print_index_report(
+    report: "IndexReport", library: "Library", seconds: float, as_json: bool
+) -> None:
     """The outcome of a run on stdout, what failed and every problem on stderr."""
     if as_json:
-        record = asdict(report) | {"library": str(library), "seconds": round(seconds, 2)}
+        record = asdict(report) | {"library": str(library.path), "seconds": round(seconds, 2)}
         record["failed"] = [{"path": str(f.path), "reason": f.reason} for f in report.failed]
         print_json(record)
     else:
@@ -383,7 +385,7 @@ def print_index_report(report: "IndexReport", library: Path, seconds: float, as_
         warn(problem)
 
 
-def _summary(report: "IndexReport", library: Path, seconds: float) -> str:
+def _summary(report: "IndexReport", library: "Library", seconds: float) -> str:
     counts = {
         "added": report.added,
         "updated": report.updated,
@@ -398,4 +400,7 @@ def _summary(report: "IndexReport", library: Path, seconds: float) -> str:
         changes.append(f"{report.unchanged:,} unchanged")
     if not (report.added or report.updated or report.moved or report.removed):
         changes.append("nothing to do")
-    return f"{', '.join(changes)} in {duration(seconds)}: {shown(library)}"
+    held = library.counts()
+    parts = {"picture": held["items"] - held["failures"], "caption": held["captions"]}
+    holds = " and ".join(f"{n:,} {what}{'' if n == 1 else 's'}" for what, n in parts.items())
+    return f"{', '.join(changes)} in {duration(seconds)}: {shown(library.path)} has {holds}"

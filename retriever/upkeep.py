@@ -199,7 +199,7 @@ def watch(
     def on_report(folder: Path, report: "IndexReport") -> None:
         if not as_json:
             click.echo(f"{time.strftime('%H:%M:%S')}  {shown(folder)}: ", nl=False)
-        print_index_report(report, library.path, 0.0, as_json)
+        print_index_report(report, library, 0.0, as_json)
 
     with library, stopping(stop.set) as caught:
         if not as_json:
