@@ -180,6 +180,7 @@ def test_index_says_what_it_did_and_then_that_nothing_is_to_do(
     first = run("index", pictures, library=path)
     assert first.exit_code == 0
     assert first.stdout.startswith("4 added in ")
+    assert first.stdout.endswith(f": {path} has 4 pictures and 3 captions\n")
     assert "MobileCLIP2-S0/dfndr2b" in first.stderr
     again = run("index", pictures, library=path)
     assert again.exit_code == 0
@@ -291,6 +292,18 @@ def test_search_by_text_and_picture_follows_the_weights(library: Path, pictures:
     def first(*weights: str) -> object:
         asked = ["search", "a red square", "--image", pictures / "blue.png", "--json", "-k", "1"]
         return lines(run(*asked, *weights, library=library))[0]["path"]
+
+    assert first("--text-weight", "0.01") == str(pictures / "blue.png")
+    assert first("--image-weight", "0.01") == str(pictures / "red.png")
+
+
+def test_a_picture_named_in_the_text_has_the_weight_of_the_text(
+    library: Path, pictures: Path
+) -> None:
+    def first(*weights: str) -> object:
+        asked = [f"{pictures / 'red.png'} + a red square", "--image", pictures / "blue.png"]
+        result = run("search", *asked, "--json", "-k", "1", *weights, library=library)
+        return lines(result)[0]["path"]
 
     assert first("--text-weight", "0.01") == str(pictures / "blue.png")
     assert first("--image-weight", "0.01") == str(pictures / "red.png")
