@@ -170,6 +170,14 @@ class ItemRow:
     extras: Extras = ()
     facts: int = FACTS
 
+    @property
+    def columns(self) -> dict[str, list[str | float]]:
+        """The extras by name, of which some have several values."""
+        columns: dict[str, list[str | float]] = {}
+        for name, value in self.extras:
+            columns.setdefault(name, []).append(value)
+        return columns
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Match:

@@ -146,7 +146,7 @@ def server(library: Library) -> MCPServer[Any]:
             "taken": item.taken.isoformat() if item.taken else None,
             "camera": item.camera,
             "gps": None if item.latitude is None else [item.latitude, item.longitude],
-            "extras": dict(item.extras),
+            "extras": item.columns,
         }
         return [_json(record), *_seen(item.path, side)]
 

@@ -51,6 +51,8 @@ def fill(place: Path) -> Path:
     for colour in ("red", "green", "blue"):
         paint(place / "pictures" / f"{colour}.png", colour)
         (place / "pictures" / f"{colour}.txt").write_text(f"all {colour}", encoding="utf-8")
+    more = {"file": "red.png", "caption": "all red", "tag": ["warm", "bright"], "stars": 4}
+    (place / "pictures" / "captions.jsonl").write_text(json.dumps(more), encoding="utf-8")
     (place / "run").mkdir(mode=0o700)
     with Library.create(place / "c.lib") as library:
         library.index(place / "pictures")
@@ -337,7 +339,9 @@ def test_an_assistant_searches_looks_and_asks(place):
             said = await client.call_tool("captions_for", {"picture": picture, "k": 1})
             assert json.loads(said.content[0].text)[0]["caption"].startswith("all ")
             seen = await client.call_tool("show_picture", {"id": int(at)})
-            assert json.loads(seen.content[0].text)["captions"] == ["all red"]
+            shown = json.loads(seen.content[0].text)
+            assert shown["captions"] == ["all red"]
+            assert shown["extras"] == {"tag": ["bright", "warm"], "stars": [4]}
             assert seen.content[1].mime_type == "image/jpeg"
             info = await client.call_tool("library_info", {})
             assert json.loads(info.content[0].text)["pictures"] == 3

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from enum import IntEnum
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,20 +17,19 @@ from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from PIL import Image
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from indexes.errors import InvalidConditionError, StoreError
 from retriever import __version__, asking
 from retriever.errors import PictureError, RetrieverError, UsageError, printable
 from retriever.explain import Explanation, heat_map, overlay
-from retriever.library import Library
 from retriever.search import Hit
 from retriever.web import schemas
 from retriever.web.guard import Guard, problem
 from retriever.web.local import listening
+from retriever.web.measured import Measured
 from retriever.web.schemas import MOST_PARTS, MOST_RESULTS, Id, LibraryName, Text
 from retriever.web.service import BusyError, NotFoundError, Service, Shelf, content_key
 from retriever.web.thumbnails import SIZES
@@ -360,9 +358,6 @@ JPEG = "image/jpeg"
 
 def _item(service: Service, library: str | None, item_id: int) -> schemas.Item:
     item = service.item(service.shelf(library), item_id)
-    extras: dict[str, list[str | float]] = {}
-    for key, value in item.extras:
-        extras.setdefault(key, []).append(value)
     return schemas.Item(
         id=item.item_id,
         name=printable(item.path.name),
@@ -376,7 +371,7 @@ def _item(service: Service, library: str | None, item_id: int) -> schemas.Item:
         latitude=item.latitude,
         longitude=item.longitude,
         captions=[schemas.Caption(text=one.text, source=one.source) for one in item.captions],
-        extras=extras,
+        extras=item.columns,
     )
 
 
@@ -408,7 +403,7 @@ def _map(shelf: Shelf) -> schemas.MapRecord:
 # ── what is there, and how it is doing ───────────────────────────────────────────────────────────
 
 
-def _add_state(app: FastAPI, service: Service, measured: "Measured") -> None:
+def _add_state(app: FastAPI, service: Service, measured: Measured) -> None:
     @app.get("/api/libraries", tags=["library"])
     async def libraries() -> schemas.Libraries:
         """The libraries that are served; the first is the default."""
@@ -502,59 +497,6 @@ def _newer(
     library = service.shelf(name).library
     version = library.version
     return None if version == seen else (version, library.counts())
-
-
-def _pictures(library: Library) -> float:
-    return library.counts()["items"]
-
-
-class Measured:
-    """ASGI middleware that counts requests by route and status, and how long they took."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app = app
-        self._registry = CollectorRegistry()
-        labels = ("route", "status")
-        self._count = Counter(
-            "retriever_requests", "Requests answered", labels, registry=self._registry
-        )
-        self._seconds = Histogram(
-            "retriever_request_seconds",
-            "Seconds until an answer began",
-            ("route",),
-            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
-            registry=self._registry,
-        )
-        waiting = Gauge(
-            "retriever_calls_in_flight", "Calls that run or wait", registry=self._registry
-        )
-        waiting.set_function(lambda: service.in_flight)
-        pictures = Gauge(
-            "retriever_pictures", "Pictures in a library", ("library",), registry=self._registry
-        )
-        for shelf in service.shelves.values():
-            pictures.labels(shelf.name).set_function(partial(_pictures, shelf.library))
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        begin = time.perf_counter()
-
-        async def counting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                # As it is declared: of paths that anyone makes up there is no end.
-                route = getattr(scope.get("route"), "path", "other")
-                self._count.labels(route, message["status"]).inc()
-                self._seconds.labels(route).observe(time.perf_counter() - begin)
-            await send(message)
-
-        await self._app(scope, receive, counting)
-
-    def text(self) -> bytes:
-        """All of it in Prometheus' format."""
-        return generate_latest(self._registry)
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────
