@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     from baselines.features import Features, Towers
     from baselines.fusion import Matcher
     from matplotlib.figure import Figure
+    from tokenizers import Tokenizer
     from torch import nn
+
+    from retriever.towers import DualEncoder
 
 Rows = NDArray[np.float32]
 Row = dict[str, Any]
@@ -262,15 +265,20 @@ def cnn_gru(bench: Bench, name: str, objective: str) -> list[Row]:
     return [by_retriever(bench, name, title, scratch_config(bench, objective))]
 
 
+def small_towers(bench: Bench, objective: str) -> "tuple[DualEncoder, Tokenizer]":
+    """The CNN and the GRU before training: larger towers have their tokenizer and sizes."""
+    from retriever.training import build
+
+    captions = [[one.text for one in pair.captions] for pair in bench.splits["train"]]
+    return build(scratch_config(bench, objective), captions)
+
+
 def resnet_lstm(bench: Bench, name: str, objective: str) -> list[Row]:
     """The same with larger towers."""
     from baselines.fit import PixelSource
     from baselines.resnet_lstm import ResNetLSTM
 
-    from retriever.training import build
-
-    # Tokenizer and sizes are those of the CNN and the GRU.
-    like, tokenizer = build(scratch_config(bench, objective), bench.captions("train"))
+    like, tokenizer = small_towers(bench, objective)
     settings = bench.settings
     torch.manual_seed(settings.seed)
     model = ResNetLSTM(like.config, objective)

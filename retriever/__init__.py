@@ -1,5 +1,6 @@
 """Find pictures by describing them, and captions by showing a picture, on your own machine."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -7,6 +8,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Library", "__version__"]
 __version__ = "0.1.0"
+
+# ONNX Runtime's own packages report to their makers from 1.29 on, unless they are told not to
+# before they are loaded. Nothing that is asked here leaves the machine.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,7 @@ class MissingExtraError(RetrieverError):
     """A part of the installation is absent; the text has the command that adds it."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs an optional part: pip install 'retriever-search[{extra}]'")
+        super().__init__(f"{what} needs an optional part: pip install 'picture-retriever[{extra}]'")
 
 
 class UsageError(RetrieverError):

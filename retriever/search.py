@@ -252,7 +252,7 @@ class Searcher:
                     count *= 4
         notes = list(query.notes)
         if where is not None and chosen is not None and not (len(chosen) or asked.phrases):
-            notes.append("no picture is one that the filter lets through")
+            notes.append("no picture passes the filter")
         notes += _notes(asked, terms, found)
         is_match = False if asked.phrases and not found else found.is_match
         return Answer(tuple(found.hits(channels)), mode, is_match, tuple(notes))

@@ -240,7 +240,7 @@ def test_pictures_with_nothing_in_common_need_a_folder(fresh_store, layout, monk
 
 def test_without_pyarrow_the_extra_is_named(fresh_store, layout, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingExtraError, match=re.escape("retriever-search[parquet]")):
+    with pytest.raises(MissingExtraError, match=re.escape("picture-retriever[parquet]")):
         take(fresh_store, layout)
 
 

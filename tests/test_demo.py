@@ -189,11 +189,11 @@ def test_hidden_files_of_the_system_are_no_pictures_of_ones_own(tmp_path: Path) 
 
 def test_without_scikit_image_the_demo_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"retriever-search\[demo\]"):
+    with pytest.raises(MissingExtraError, match=r"picture-retriever\[demo\]"):
         demo.build()
     result = CliRunner().invoke(cli.main, ["demo"])
     assert result.exit_code == 1
-    assert "retriever-search[demo]" in result.stderr
+    assert "picture-retriever[demo]" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

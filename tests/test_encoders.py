@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -408,3 +409,13 @@ def test_a_text_is_cut_exactly_when_what_follows_its_window_changes_nothing(
     inside, after = encoder.encode_texts(texts), encoder.encode_texts(beyond)
     assert not np.allclose(inside[0], inside[1])
     assert np.allclose(after[0], after[1])
+
+
+def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
+    """What it has to send lies in the user's cache first, unless it runs in CI."""
+    code = "from retriever.encoders import load_encoder; load_encoder().encode_texts(['a dog'])"
+    kept = {key: value for key, value in os.environ.items() if key in ("PATH", "VIRTUAL_ENV")}
+    places = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], env=kept | places, cwd=root, check=True)
+    assert not list(tmp_path.rglob("*onnxruntime*"))

@@ -195,6 +195,41 @@ def test_a_file_that_is_no_picture_is_told(page, tmp_path):
     refused(page)
 
 
+def test_an_error_takes_the_former_answers_off_the_page(page, place, tmp_path):
+    page.set_input_files("#file", place.pictures / "chelsea.png")
+    sync_api.expect(page.locator("#caption-answers li").first).to_contain_text("cat")
+    (tmp_path / "x.png").write_text("no picture", encoding="utf-8")
+    page.set_input_files("#file", tmp_path / "x.png")
+    sync_api.expect(page.locator("#status")).to_contain_text("not a picture")
+    sync_api.expect(page.locator("#caption-answers")).not_to_be_visible()
+    refused(page)
+
+
+def test_a_picture_that_a_reload_drops_is_missed(page, place):
+    page.set_input_files("#file", place.pictures / "rocket.jpg")
+    sync_api.expect(page.locator("#chips li")).to_contain_text("like your picture")
+    search(page, "a cat")
+    page.reload()
+    sync_api.expect(page.locator("#status")).to_contain_text("drop or choose it again")
+
+
+def test_what_the_address_names_in_vain_is_told(page, address):
+    page.goto(f"{address}?library=nowhere&q=cat")
+    sync_api.expect(page.locator("#status")).to_contain_text("no library “nowhere” here")
+    page.goto(f"{address}?item=99999")
+    sync_api.expect(page.locator("#about")).to_contain_text("no picture 99999")
+    sync_api.expect(page.locator("#copy")).not_to_be_visible()
+    assert len(page.told) >= 1
+    assert all("Failed to load resource" in one for one in page.told)
+    page.told.clear()
+
+
+def test_advice_is_that_of_a_page(page):
+    search(page, "a beach with no people")
+    sync_api.expect(page.locator("#notes")).to_contain_text("hardly understood")
+    assert "--" not in page.locator("#notes").inner_text()
+
+
 def test_more_like_this_captions_for_this_and_where_it_shows_it(page):
     search(page, "a cat")
     sync_api.expect(first(page)).to_contain_text("cat")
@@ -234,11 +269,15 @@ def test_a_filter_completes_itself_from_what_is_there(page):
     page.locator("#where").press_sequentially("coffee", delay=20)
     assert page.input_value("#where") == "name contains coffee"
     sync_api.expect(page.locator(".tile")).to_have_count(2)
-    page.fill("#where", "wibble")
+    page.fill("#where", "wibble = 1")
     with page.expect_response(lambda one: one.status == 400):
         page.press("#where", "Enter")
     sync_api.expect(page.locator("#status")).to_contain_text("wibble")
     refused(page)
+    # The mark under what is wrong stands where it belongs, and the answers stay while one types.
+    status = page.locator("#status").evaluate("one => getComputedStyle(one).whiteSpace")
+    assert status == "pre-wrap"
+    sync_api.expect(page.locator(".tile")).to_have_count(2)
 
 
 def test_something_is_left_out(page):
@@ -270,6 +309,9 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("Escape")
     sync_api.expect(page.locator("#box")).not_to_be_visible()
     assert page.evaluate("document.activeElement.className") == "tile"
+    page.go_back()
+    page.wait_for_timeout(300)
+    assert not page.locator("#box").is_visible()
     page.keyboard.press("?")
     sync_api.expect(page.locator("#help")).to_be_visible()
     page.keyboard.press("Escape")

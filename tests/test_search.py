@@ -271,7 +271,7 @@ def test_a_filter_decides_what_may_be_found(described: Searcher, mode: Any) -> N
     assert red.path.stem == "IMG_2041"
     nothing = described.images(text("green"), mode=mode, where=Compare("width", ">", 99))
     assert not nothing
-    assert nothing.notes == ("no picture is one that the filter lets through",)
+    assert nothing.notes == ("no picture passes the filter",)
     among = [hit.item_id for hit in described.images(text("green red"), mode="image")[:2]]
     hits = described.images(text("green red blue water"), mode=mode, among=among)
     assert {hit.item_id for hit in hits} <= set(among)

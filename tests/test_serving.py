@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -187,8 +188,26 @@ def test_a_server_that_ends_takes_its_socket_with_it(place, monkeypatch):
     assert path is not None
     assert path == socket_path(place / "c.lib")  # the same library by another name
     assert path.stat().st_mode & 0o077 == 0
-    assert end(process) in (0, -signal.SIGINT, 130)
+    process.send_signal(signal.SIGINT)
+    with process:
+        assert process.stderr
+        assert process.stderr.read().endswith("Stopped.\n")
+        assert process.wait(SECONDS) == 0
     assert not path.exists()
+
+
+def test_a_library_that_is_deleted_is_not_answered_from(place):
+    own = fill(place / "deleted")
+    process, address = serve(own)
+    wait_for(own)
+    assert run(own, "search", "red")[0] == 0
+    shutil.rmtree(own / "c.lib")
+    code, said, told = run(own, "search", "red")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{address}api/search?q=red", timeout=SECONDS)
+    end(process)
+    assert (code, said) == (1, "")
+    assert "there is no library at" in told
 
 
 def test_what_a_killed_server_left_is_no_hindrance(place, monkeypatch):
@@ -295,6 +314,24 @@ def test_a_port_that_is_taken_is_told(place):
     assert done.exit_code == 2
     assert "cannot be listened on" in done.stderr
     assert f"--port {port + 1}" in done.stderr
+
+
+def test_an_address_that_is_not_ours_is_told_without_advice_that_does_not_help(place):
+    done = CliRunner().invoke(
+        cli.main, ["serve", "--library", str(place / "c.lib"), "--host", "192.0.2.1"]
+    )
+    assert done.exit_code == 2
+    assert "192.0.2.1:8765 cannot be listened on" in done.stderr
+    assert "--port" not in done.stderr
+
+
+def test_a_cache_that_cannot_be_had_is_told(place):
+    (place / "a-file").write_text("", encoding="utf-8")
+    process, _ = serve(place, "--cache", str(place / "a-file" / "cache"))
+    assert process.stderr
+    told = process.stderr.readline()
+    end(process)
+    assert f"Nothing can be kept in {place / 'a-file' / 'cache'} (Not a directory)" in told
 
 
 def test_a_library_that_is_not_there_is_told(tmp_path):

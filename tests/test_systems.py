@@ -219,6 +219,13 @@ def test_resnet_and_lstm_embed_padded_captions_as_they_are_alone() -> None:
     assert all(one is not None and torch.isfinite(one).all() for one in grads)
 
 
+def test_towers_from_scratch_know_the_words_of_the_captions(tmp_path: Path) -> None:
+    bench = systems.Bench(make_dataset(tmp_path / "data"), tmp_path, systems.DEFAULTS, print)
+    model, tokenizer = systems.small_towers(bench, "clip")
+    assert tokenizer.get_vocab_size() == model.config["text"]["vocabulary"]
+    assert "[UNK]" not in tokenizer.encode("a red half beside a green half").tokens
+
+
 # ── bags ─────────────────────────────────────────────────────────────────────────────────────────
 
 

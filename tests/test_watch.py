@@ -394,7 +394,7 @@ def test_watching_without_its_extra_says_which(
 ) -> None:
     monkeypatch.setitem(sys.modules, "watchfiles", None)
     with (
-        pytest.raises(MissingExtraError, match=r"retriever-search\[watch\]"),
+        pytest.raises(MissingExtraError, match=r"picture-retriever\[watch\]"),
         Watch(library, [pictures]) as running,
     ):
         running.join()

@@ -320,6 +320,21 @@ def test_the_map_places_every_picture_and_keeps_the_places(client, served, tmp_p
     known_ids, known_points = again._read()
     assert known_ids.tolist() == first["ids"]
     assert known_points[:, 0].tolist() == pytest.approx(first["x"], abs=1e-4)
+    paint(tmp_path / "pictures" / "late.png", "blue")
+    with Library.open(shelf.library.path, encoder=ToyEncoder()) as writer:
+        writer.index()
+    deadline = time.monotonic() + 60
+    while (late := drawn())["drawing"]:  # whoever looks meanwhile is told to look again
+        assert time.monotonic() < deadline
+    assert len(late["ids"]) == len(first["ids"]) + 1
+
+
+def test_a_picture_whose_file_is_gone_is_not_found(client, library):
+    number = ids(client)["green.png"]
+    next(library.path.parent.glob("pictures/green.png")).unlink()
+    for part in ("picture", "thumbnail"):
+        check_problem(client.get(f"/api/items/{number}/{part}"), 404, f"file of picture {number}")
+    assert client.get(f"/api/items/{number}").json()["captions"]
 
 
 def test_new_pictures_join_a_map_among_those_they_are_like():

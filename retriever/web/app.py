@@ -394,10 +394,15 @@ def _items(service: Service, library: str | None, where: str, k: int, offset: in
 def _map(shelf: Shelf) -> schemas.MapRecord:
     found = shelf.map.current()
     if found is None:
-        return schemas.MapRecord(ready=False, message=shelf.map.error, ids=[], x=[], y=[])
+        return schemas.MapRecord(
+            ready=False, drawing=shelf.map.is_drawing, message=shelf.map.error, ids=[], x=[], y=[]
+        )
     ids, points = found
+    is_drawing = shelf.map.is_drawing
     x, y = points.round(4).T.tolist() if len(ids) else ([], [])
-    return schemas.MapRecord(ready=True, message=None, ids=ids.tolist(), x=x, y=y)
+    return schemas.MapRecord(
+        ready=True, drawing=is_drawing, message=None, ids=ids.tolist(), x=x, y=y
+    )
 
 
 # ── what is there, and how it is doing ───────────────────────────────────────────────────────────

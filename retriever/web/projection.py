@@ -1,9 +1,9 @@
 """Every picture as a point on a map: those that show alike lie together.
 
 t-SNE of the stored embeddings (van der Maaten & Hinton 2008, jmlr.org/papers/v9/vandermaaten08a),
-by scikit-learn, which takes half a minute for 10,000 pictures. Of a larger library as many are
-placed so, evenly drawn, and every other one among those that it is nearest to; so are pictures that
-come later. The map is kept on disk: it is a cache, which may be deleted.
+by scikit-learn, which takes a minute for 10,000 pictures. Of a larger library as many are placed
+so, evenly drawn, and every other one among those that it is nearest to; so are pictures that come
+later. The map is kept on disk: it is a cache, which may be deleted.
 """
 
 from __future__ import annotations
@@ -47,13 +47,18 @@ class Map:
         self._points = np.empty((0, 2), dtype=np.float32)
         self.error: str | None = None
 
+    @property
+    def is_drawing(self) -> bool:
+        """Whether a newer one is on its way."""
+        return self._drawing is not None and self._drawing.is_alive()
+
     def current(self) -> tuple[Ids, Points] | None:
         """Ids (n,) and places (n, 2) in [0, 1]; None: the map is being drawn, or see `error`."""
         version = self._library.version
         with self._guard:
             if version == self._version:
                 return self._ids, self._points
-            if self._drawing is None or not self._drawing.is_alive():
+            if not self.is_drawing:
                 if self._drawing is not None and self.error is not None:
                     return None  # it would fail again
                 self._drawing = threading.Thread(target=self._draw, args=[version], daemon=True)
@@ -128,13 +133,16 @@ def drawn(rows: Rows) -> Points:
     try:
         from sklearn.decomposition import PCA  # type: ignore[import-untyped]
         from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
     except ModuleNotFoundError as exc:
         raise MissingExtraError("The map", "web") from exc
     count, dim = rows.shape
     if min(count, dim) > COMPONENTS:
         rows = PCA(COMPONENTS, svd_solver="randomized", random_state=0).fit_transform(rows)
-    perplexity = min(30.0, (count - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(rows)
+    tsne = TSNE(perplexity=min(30.0, (count - 1) / 3), init="pca", random_state=0)
+    # While others search, threads that wait for each other in a loop take ten times as long.
+    with threadpool_limits(1):
+        points = tsne.fit_transform(rows)
     low, high = points.min(axis=0), points.max(axis=0)
     scale = float((high - low).max()) or 1.0
     centred = (points - (low + high) / 2) / scale + 0.5

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import secrets
 import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
 
-from retriever.errors import UsageError
+from retriever.errors import UsageError, printable
 from retriever.library import Library
 from retriever.web.app import create_app
 from retriever.web.guard import is_loopback
@@ -71,8 +74,12 @@ def run(
     address = f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
     pictures = sum(library.counts()["items"] for library in libraries.values())
     say(f"{pictures:,} pictures at {address} (Ctrl-C ends it)")
+    if is_any:
+        say(f"From elsewhere: {address.replace(shown, socket.gethostname(), 1)}")
     if not is_local:
         say("Anyone who can reach this machine and has the token sees all pictures.")
+    if fault := _fault_of(cache):
+        say(f"Nothing can be kept in {printable(cache)} ({fault}): thumbnails are made each time.")
     if open_browser:
         threading.Timer(0.5, webbrowser.open, [address]).start()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -87,7 +94,18 @@ def run(
         timeout_graceful_shutdown=GOODBYE_SECONDS,
         h11_max_incomplete_event_size=64 << 10,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    with suppress(KeyboardInterrupt):  # the signal, raised again when all is closed
+        uvicorn.Server(config).run(sockets=[listener])
+    say("Stopped.")
+
+
+def _fault_of(cache: Path) -> str | None:
+    """Why nothing can be kept in a folder, which is made if absent."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror
+    return None if os.access(cache, os.W_OK | os.X_OK) else "it is not writable"
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -104,8 +122,10 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listener is not None:
             listener.close()
-        way_out = f"; is another server running? --port {port + 1} takes the next" if port else ""
+        way_out = f": is another server running? --port {port + 1} takes the next"
+        if not port or error.errno != errno.EADDRINUSE:
+            way_out = ""
         raise UsageError(
-            f"{host}:{port} cannot be listened on: {error.strerror}{way_out}"
+            f"{host}:{port} cannot be listened on ({error.strerror}){way_out}"
         ) from error
     return listener

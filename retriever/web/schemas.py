@@ -191,9 +191,13 @@ class Fields(Record):
 
 
 class MapRecord(Record):
-    """Places of pictures on a map, from 0 to 1; `ready` false: it is being drawn, ask again."""
+    """Places of pictures on a map, from 0 to 1.
+
+    ready: whether there is one. drawing: a newer one is on its way, ask again.
+    """
 
     ready: bool
+    drawing: bool
     message: str | None
     ids: list[int]
     x: list[float]

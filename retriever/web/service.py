@@ -134,6 +134,9 @@ class Service:
             name = next(iter(self.shelves))
         if name not in self.shelves:
             raise NotFoundError(f"there is no library {name!r} here")
+        # What is open goes on to answer after it was deleted.
+        if not os.path.isdir(self.shelves[name].library.path):  # noqa: PTH112 (Path's may raise)
+            raise NotFoundError(f"the library {name!r} is no longer where it was")
         if not self.shelves[name].library.is_default:  # tuned meanwhile, or another one was chosen
             with self._opening:
                 library = self.shelves[name].library
@@ -173,19 +176,24 @@ class Service:
                 Path(name).unlink()
 
     def thumbnail(self, item: ItemRow, size: int) -> bytes:
-        """A picture as a small JPEG; raises UsageError, PictureError."""
+        """A picture as a small JPEG; raises UsageError, NotFoundError, PictureError."""
         if size not in SIZES:
             raise UsageError(f"a thumbnail is of {', '.join(map(str, SIZES))} pixels, not {size}")
         return self._thumbnails.get(content_key(item), size, lambda: self.decoded(item, size))
 
     def decoded(self, item: ItemRow, side: int) -> Image.Image:
-        """A picture, smaller if it can be but not below twice `side`; raises PictureError."""
+        """A picture, smaller if it can be but not below twice `side`.
+
+        Raises NotFoundError, PictureError.
+        """
+        if not os.path.lexists(item.path):
+            raise NotFoundError(f"the file of picture {item.item_id} is gone")
         return self._workers.read(item.path, target=side).image
 
     def picture(self, item: ItemRow) -> tuple[bytes, str]:
         """A picture for a browser, and its media type: the file itself if that can be shown.
 
-        Raises PictureError.
+        Raises NotFoundError, PictureError.
         """
         try:
             if item.path.stat().st_size <= MOST_BYTES_AS_IS:

@@ -43,7 +43,7 @@ def main() -> int:
     try:
         import atheris  # noqa: F401
     except ImportError:
-        print("fuzzing needs: pip install 'retriever-search[fuzz]'", file=sys.stderr)
+        print("fuzzing needs: pip install 'picture-retriever[fuzz]'", file=sys.stderr)
         return 2
     if options.scratch is not None:
         fuzz(options.target, options.seconds, options.folder, options.replay, options.scratch)

@@ -1,6 +1,11 @@
 // What the server is asked. Every answer is JSON; a problem becomes an Error with its sentence.
 
-export class Problem extends Error {}
+export class Problem extends Error {
+  constructor(detail, status) {
+    super(detail);
+    this.status = status;
+  }
+}
 
 async function read(response) {
   if (response.ok) return response.json();
@@ -8,7 +13,7 @@ async function read(response) {
   try {
     detail = (await response.json()).detail ?? detail;
   } catch { /* not one of its own answers */ }
-  throw new Problem(detail);
+  throw new Problem(detail, response.status);
 }
 
 function address(path, parameters) {

@@ -49,7 +49,11 @@ async function search() {
     clearTimeout(slow);
     if (error.name === "AbortError") return;
     last = "";
-    grid.show([], state.library, null);
+    $("#notes").replaceChildren();
+    $("#caption-answers").hidden = true;
+    // A filter is wrong most of the time that someone types it.
+    if (document.activeElement === $("#where")) grid.stale();
+    else grid.show([], state.library, null);
     say(error instanceof Problem ? error.message : "The server does not answer. Is `retriever serve` still running?", true);
   }
 }
@@ -71,7 +75,7 @@ function next(answer, signal) {
 
 function tell(answer) {
   const isQuery = address.isQuery(state);
-  $("#notes").replaceChildren(...(answer.notes ?? []).map((note) => make("li", { dir: "auto" }, note)));
+  $("#notes").replaceChildren(...(answer.notes ?? []).map((note) => make("li", { dir: "auto" }, forPage(note))));
   if (!answer.hits.length) {
     const total = libraries.find((one) => one.name === library())?.items;
     say(total === 0 ? "The library has no pictures yet: `retriever index FOLDER` takes them in."
@@ -87,8 +91,12 @@ function tell(answer) {
   }
 }
 
+// What the server says it says as to a shell.
+const forPage = (note) => note.replace("--without THING", "The box “Without”").replace("--without", "without");
+
 function say(sentence, isWarning = false) {
   $("#status").textContent = sentence;
+  $("#status").classList.toggle("code", sentence.includes("\n"));  // it points at a place in what was typed
   $("#status").classList.toggle("no-match", isWarning);
 }
 
@@ -280,7 +288,7 @@ box.listen({
   shun: (id) => go({ unlike: [...without(state.unlike, id), id], item: "" }),
   closed: () => {
     const id = state.item;
-    if (id) go({ item: "" });
+    if (id) go({ item: "" }, { replace: true });  // or "back" would open it again
     if (state.view !== "map") grid.focus(id);
   },
   turn: (step) => {
@@ -333,7 +341,8 @@ async function start() {
     say(error.message, true);
     return;
   }
-  if (state.library && !libraries.some((one) => one.name === state.library)) state.library = "";
+  const unknown = libraries.some((one) => one.name === state.library) ? "" : state.library;
+  if (unknown) state.library = "";
   const select = $("#library");
   select.replaceChildren(...libraries.map((one) => make("option", { value: one.name }, one.name)));
   select.hidden = libraries.length < 2;
@@ -341,6 +350,8 @@ async function start() {
   filter.load(state.library).catch(() => {});
   if (state.view === "map") showMap();
   await search();
+  if (unknown) say(`There is no library “${unknown}” here; this is “${library()}”.`, true);
+  else if (address.hasLost()) say("The picture that you asked with has no address: drop or choose it again.", true);
   follow();
   if (!state.item && matchMedia("(pointer: fine)").matches) $("#q").focus();
 }

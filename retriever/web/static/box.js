@@ -29,6 +29,7 @@ export async function open(item, given) {
   whole.addEventListener("load", () => { if (!signal.aborted && !showsHeat()) large.src = whole.src; });
   whole.src = picture(id, library);
   for (const part of ["#captions", "#said", "#why", "#about"]) $(part).replaceChildren();
+  box.classList.remove("is-gone");
   if (!box.open) box.showModal();
   try {
     const facts = await get(`/api/items/${id}`, { library }, signal);
@@ -38,7 +39,9 @@ export async function open(item, given) {
       $("#why").replaceChildren(...explained(reason));
     }
   } catch (error) {
-    if (error.name !== "AbortError") $("#about").replaceChildren(make("dd", {}, error.message));
+    if (error.name === "AbortError") return;
+    $("#about").replaceChildren(make("dd", {}, error.message));
+    box.classList.toggle("is-gone", error.status === 404);
   }
 }
 
@@ -113,8 +116,11 @@ export function toggleHeat() {
   if ($("#heat").hidden) return;
   const isOn = !showsHeat();
   $("#heat").setAttribute("aria-pressed", String(isOn));
+  large.classList.add("is-stale");  // it takes a while
   large.src = isOn ? heat(id, asked(state)) : picture(id, state.library);
 }
+
+for (const event of ["load", "error"]) large.addEventListener(event, () => large.classList.remove("is-stale"));
 
 async function copy() {
   const button = $("#copy");

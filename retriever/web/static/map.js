@@ -34,6 +34,7 @@ export async function show(name) {
   for (let at = 0; at < points.ids.length; at += 1) cells[cell(points.x[at], points.y[at])].push(at);
   $("#map-status").textContent = `${points.ids.length.toLocaleString()} pictures; those that show alike lie together`;
   draw();
+  if (answer.drawing) timer = setTimeout(() => isShown() && show(name), 1500);  // there are newer pictures
 }
 
 export function highlight(ids) {

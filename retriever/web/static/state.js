@@ -22,6 +22,9 @@ export function read() {
   return state;
 }
 
+// Whether the address names pictures that a reload has dropped.
+export const hasLost = () => new URLSearchParams(location.search).getAll("upload").some((number) => !uploads.has(number));
+
 export function write(state, { replace = false } = {}) {
   const query = new URLSearchParams();
   for (const name of NAMES) if (state[name]) query.set(name, state[name]);
