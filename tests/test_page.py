@@ -269,7 +269,7 @@ def test_a_filter_completes_itself_from_what_is_there(page):
     page.locator("#where").press_sequentially("coffee", delay=20)
     assert page.input_value("#where") == "name contains coffee"
     sync_api.expect(page.locator(".tile")).to_have_count(2)
-    page.fill("#where", "wibble = 1")
+    page.fill("#where", "wibble")
     with page.expect_response(lambda one: one.status == 400):
         page.press("#where", "Enter")
     sync_api.expect(page.locator("#status")).to_contain_text("wibble")
