@@ -397,7 +397,7 @@ class OnnxEncoder:
 
     def _lanes_for(self, tower: Tower, n: int, first: Callable[[int], Feed]) -> "Lanes | None":
         """The lanes of a tower, once it has had enough inputs to be worth their start."""
-        from retriever.engines import Lanes, wanted_engine
+        from retriever.engines import Lanes, tries_openvino, wanted_engine
 
         with self._guard:
             self._inputs[tower] += n
@@ -408,7 +408,7 @@ class OnnxEncoder:
             path = self.folder / f"{tower}.onnx"
             self._weights_of(tower, self._checked_file(path.name))
             trial = None
-            if not self._stays:
+            if tries_openvino(same=self._stays):
                 feed, run = (
                     first(CPU_BATCH[tower]),
                     partial(_first_output, self._query_session(tower)),

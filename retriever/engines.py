@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -48,6 +49,14 @@ def wanted_engine() -> str:
     if wanted not in ENGINES:
         raise UsageError(f"{VARIABLE}={wanted}: choose one of {', '.join(ENGINES)}")
     return wanted
+
+
+def tries_openvino(*, same: bool) -> bool:
+    """Whether lanes run in OpenVINO if it can run the tower; see `Lanes` for `same`."""
+    wanted = wanted_engine()
+    if wanted == "auto":
+        return not same and find_spec("openvino") is not None
+    return wanted != "onnxruntime"
 
 
 # Else ONNX Runtime multiplies int8 weights with activations that it rounds to int8 as well, which
@@ -156,15 +165,14 @@ class Lanes:
     ) -> None:
         from retriever.machine import cores
 
-        wanted = wanted_engine()
         self.count = count or cores()
         self._run: Callable[[Feed], Array] | None = None
-        if wanted != "onnxruntime" and not (same and wanted == "auto"):
+        if tries_openvino(same=same):
             try:
                 self._run, self.engine = _openvino(path, trial, self.count)
             except Exception:
-                # Not installed, built for another machine, or without an operation of this tower.
-                if wanted != "auto":
+                # Built for another machine, without an operation of this tower, or not installed.
+                if wanted_engine() != "auto":
                     raise
         if self._run is None:
             self._run, self.engine = _onnxruntime(path), "ONNX Runtime"

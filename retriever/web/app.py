@@ -394,11 +394,11 @@ def _items(service: Service, library: str | None, where: str, k: int, offset: in
 def _map(shelf: Shelf) -> schemas.MapRecord:
     found = shelf.map.current()
     if found is None:
+        fault = shelf.map.error
         return schemas.MapRecord(
-            ready=False, drawing=shelf.map.is_drawing, message=shelf.map.error, ids=[], x=[], y=[]
+            ready=False, drawing=fault is None, message=fault, ids=[], x=[], y=[]
         )
-    ids, points = found
-    is_drawing = shelf.map.is_drawing
+    ids, points, is_drawing = found
     x, y = points.round(4).T.tolist() if len(ids) else ([], [])
     return schemas.MapRecord(
         ready=True, drawing=is_drawing, message=None, ids=ids.tolist(), x=x, y=y

@@ -47,24 +47,22 @@ class Map:
         self._points = np.empty((0, 2), dtype=np.float32)
         self.error: str | None = None
 
-    @property
-    def is_drawing(self) -> bool:
-        """Whether a newer one is on its way."""
-        return self._drawing is not None and self._drawing.is_alive()
+    def current(self) -> tuple[Ids, Points, bool] | None:
+        """Ids (n,), places (n, 2) in [0, 1], and whether a newer map is on its way.
 
-    def current(self) -> tuple[Ids, Points] | None:
-        """Ids (n,) and places (n, 2) in [0, 1]; None: the map is being drawn, or see `error`."""
+        None: the first one is being drawn, or see `error`.
+        """
         version = self._library.version
         with self._guard:
             if version == self._version:
-                return self._ids, self._points
-            if not self.is_drawing:
+                return self._ids, self._points, False
+            if self._drawing is None or not self._drawing.is_alive():
                 if self._drawing is not None and self.error is not None:
                     return None  # it would fail again
                 self._drawing = threading.Thread(target=self._draw, args=[version], daemon=True)
                 self._drawing.start()
             # The former map, while the new one is drawn.
-            return (self._ids, self._points) if len(self._ids) else None
+            return (self._ids, self._points, True) if len(self._ids) else None
 
     def _draw(self, version: tuple[int, int]) -> None:
         try:
