@@ -180,6 +180,28 @@ class ItemRow:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Owners:
+    """Whose captions are whose: ids of captions (n,) int64, ascending, and of their items (n,)."""
+
+    captions: NDArray[np.int64]
+    items: NDArray[np.int64]
+
+    def of(self, captions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(m,) the item of each of some captions; -1 for one that is not here."""
+        found = np.full(len(captions), -1, dtype=np.int64)
+        if len(self.captions):
+            places = np.minimum(np.searchsorted(self.captions, captions), len(self.captions) - 1)
+            is_here = self.captions[places] == captions
+            found[is_here] = self.items[places[is_here]]
+        return found
+
+    def among(self, items: NDArray[np.int64]) -> Owners:
+        """The captions of these items."""
+        is_asked = np.isin(self.items, items)
+        return Owners(self.captions[is_asked], self.items[is_asked])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Match:
     """The best candidates of one query, best first; equal scores are ordered by id.
 

@@ -48,6 +48,7 @@ from indexes.records import (
     Kind,
     KnownFile,
     ModelSpec,
+    Owners,
     RootInfo,
     SearchPolicy,
     Status,
@@ -743,24 +744,22 @@ class Snapshot:
         )
         return [caption_id for (caption_id,) in rows]
 
-    def captions_of(self, item_ids: Collection[int] | Ids) -> dict[int, int]:
-        """The item of each caption of these items, by caption id."""
-        return dict(
-            self._each(
-                "SELECT id, item_id FROM captions WHERE item_id IN"
-                " (SELECT value FROM json_each(:ids))",
-                ids=words.listed(item_ids),
-            )
-        )
-
-    def caption_owners(self, caption_ids: Collection[int] | Ids) -> dict[int, int]:
-        """The item of each of these captions that exist, by caption id."""
-        return dict(
-            self._each(
-                "SELECT id, item_id FROM captions WHERE id IN (SELECT value FROM json_each(:ids))",
-                ids=words.listed(caption_ids),
-            )
-        )
+    def owners(
+        self, *, captions: Collection[int] | Ids | None = None, items: Ids | None = None
+    ) -> Owners:
+        """The items of these captions that exist, of all captions of these items, or of all."""
+        which, ids = "", None
+        if captions is not None:
+            which, ids = "WHERE id IN (SELECT value FROM json_each(:ids))", captions
+        elif items is not None:
+            which, ids = "WHERE item_id IN (SELECT value FROM json_each(:ids))", items
+        rows = self._each(
+            f"SELECT id, item_id FROM captions {which}",
+            ids=None if ids is None else words.listed(ids),
+        ).fetchall()
+        found = np.array(rows, dtype=np.int64).reshape(-1, 2)
+        found = found[np.argsort(found[:, 0])]
+        return Owners(found[:, 0].copy(), found[:, 1].copy())
 
     def extra_keys(self) -> dict[str, int]:
         """The further columns that captions files had, and how many items have each."""
@@ -791,6 +790,10 @@ class Snapshot:
     ) -> WordMatch:
         """The items whose captions, names and folders have most of a text's words; see `words`."""
         return words.search(self._connection, text, limit, among=among, lists=lists)
+
+    def titled(self, text: str, *, lists: WordLists | None = None) -> Ids:
+        """Ids of the items whose name and folders have all words of a text; see `words`."""
+        return words.titled(self._connection, text, lists)
 
     def word_lists(self) -> WordLists:
         """All items as `words` can take them, while the store stays as it is."""

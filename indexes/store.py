@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +53,7 @@ from indexes.records import (
     KnownFile,
     Match,
     ModelSpec,
+    Owners,
     RootInfo,
     SearchPolicy,
     Source,
@@ -90,9 +91,18 @@ __all__ = [
 # them into it: reading 20,000 vectors from the catalogue takes about 0.1 s, at every start.
 LONG_TAIL = 20_000
 # From so many queries on in one state of a store, words are looked for in memory, where a query of
-# 8,000 pictures costs 0.3 ms instead of 5; to read their lists takes as long as two or three.
+# 8,000 pictures costs 0.3 ms instead of 5; to read their lists takes as long as two or three. So it
+# is with whose captions are whose.
 OFTEN = 32
 FEW = 50_000  # items of a store of which that takes no more than a moment, and 25 MB
+
+
+@dataclass(frozen=True, slots=True)
+class _AtHand:
+    """What is kept in memory of one state of the catalogue."""
+
+    words: WordLists
+    owners: Owners
 
 
 class Store:
@@ -110,8 +120,8 @@ class Store:
         self._read_only = read_only
         self._hindrance: str | None = None  # why it is, unless that was asked for
         self._galleries: dict[Kind, Gallery] = {}
-        self._words: WordLists | None = None
-        self._words_version, self._words_asked = (-1, -1), 0
+        self._at_hand: _AtHand | None = None
+        self._at_hand_version, self._asked = (-1, -1), 0
         self._guard = threading.Lock()
 
     @classmethod
@@ -380,18 +390,38 @@ class Store:
     def words(self, text: str, *, among: NDArray[np.int64] | None = None) -> WordMatch:
         """Items that have any of a text's words, up to `words.SCORED`; see `Snapshot.words`."""
         with self._catalogue.read() as rows:
-            return rows.words(text, among=among, lists=self._word_lists(rows))
+            kept = self._kept(rows, asks=True)
+            return rows.words(text, among=among, lists=kept.words if kept else None)
 
-    def _word_lists(self, rows: Snapshot) -> WordLists | None:
+    def titled(self, text: str) -> NDArray[np.int64]:
+        """Items whose name and folders have all words of a text, ascending."""
+        with self._catalogue.read() as rows:
+            kept = self._kept(rows)
+            return rows.titled(text, lists=kept.words if kept else None)
+
+    def caption_owners(self, caption_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) the item of each caption; -1 for one that is gone."""
+        with self._catalogue.read() as rows:
+            kept = self._kept(rows)
+            owners = kept.owners if kept else rows.owners(captions=caption_ids)
+        return owners.of(caption_ids)
+
+    def captions_of(self, item_ids: NDArray[np.int64]) -> Owners:
+        """All captions of these items."""
+        with self._catalogue.read() as rows:
+            kept = self._kept(rows)
+            return kept.owners.among(item_ids) if kept else rows.owners(items=item_ids)
+
+    def _kept(self, rows: Snapshot, *, asks: bool = False) -> _AtHand | None:
         """What serves those who ask often, once they do."""
         with self._guard:
             version = rows.version()
-            if version != self._words_version:
-                self._words_version, self._words_asked, self._words = version, 0, None
-            self._words_asked += 1
-            if self._words_asked == OFTEN and rows.counts()["items"] <= FEW:
-                self._words = rows.word_lists()
-            return self._words
+            if version != self._at_hand_version:
+                self._at_hand_version, self._asked, self._at_hand = version, 0, None
+            self._asked += asks
+            if self._asked == OFTEN and self._at_hand is None and rows.counts()["items"] <= FEW:
+                self._at_hand = _AtHand(rows.word_lists(), rows.owners())
+            return self._at_hand
 
     def items(self, ids: Sequence[int]) -> list[ItemRow]:
         """Items in the order asked; removed ones are absent."""

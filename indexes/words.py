@@ -43,6 +43,7 @@ from indexes.errors import InvalidConditionError
 from indexes.records import Term, WordMatch
 
 COLUMNS = ("captions", "name", "folders")
+TITLE = COLUMNS[1:]
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 # Private use, yet a token for SQLite: no phrase reaches over it.
 GAP = "\ue000"
@@ -324,6 +325,27 @@ def scores(
     return np.array([found.get(int(item_id), 0.0) for item_id in ids], dtype=np.float32)
 
 
+def titled(
+    connection: sqlite3.Connection, text: str, lists: WordLists | None = None
+) -> NDArray[np.int64]:
+    """Ids of the items whose name and folders have all words of a text, ascending.
+
+    The answer is the same with `lists` of the table; see `search`.
+    """
+    stems = {stem for _, stem in _stemmed(asked(text)) if stem}
+    if lists is not None and stems and not any(" " in stem for stem in stems):
+        first, *others = (lists.titled(connection, stem) for stem in stems)
+        for one in others:
+            first = first[np.isin(first, one, assume_unique=True)]
+        return first
+    found: Iterable[tuple[int]] = ()
+    if asks := expression(text, columns=TITLE):
+        found = connection.execute(
+            "SELECT rowid FROM words WHERE words MATCH ? ORDER BY rowid", [asks]
+        )
+    return np.array([item_id for (item_id,) in found], dtype=np.int64)
+
+
 def expression(
     text: str, *, phrase: bool = False, columns: Sequence[str] | None = None
 ) -> str | None:
@@ -433,11 +455,15 @@ class WordLists:
             _varints(b"".join(sizes for _, sizes in rows)).reshape(-1, len(COLUMNS)).sum(axis=1)
         )
         self._damping = damping(lengths)
-        self._of: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        self._of: dict[str, _Listed] = {}
 
     def count(self, connection: sqlite3.Connection, stem: str) -> int:
         """In how many items a word stands."""
-        return len(self._worth(connection, stem)[0])
+        return len(self._listed(connection, stem).places)
+
+    def titled(self, connection: sqlite3.Connection, stem: str) -> NDArray[np.int64]:
+        """Ids of the items with a word in their name or folders, ascending."""
+        return self._listed(connection, stem).titled
 
     def sums(
         self, connection: sqlite3.Connection, stems: Iterable[str]
@@ -445,27 +471,39 @@ class WordLists:
         """Ids of items that have any of some words, and what those are worth together."""
         scores = np.zeros(len(self.ids))
         for stem in stems:
-            places, worth = self._worth(connection, stem)
-            scores[places] += worth
+            listed = self._listed(connection, stem)
+            scores[listed.places] += listed.worth
         has_any = np.flatnonzero(scores)
         return self.ids[has_any], scores[has_any]
 
-    def _worth(
-        self, connection: sqlite3.Connection, stem: str
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Places in `ids` of the items that have a word, and what it is worth to each."""
+    def _listed(self, connection: sqlite3.Connection, stem: str) -> _Listed:
         kept = self._of.get(stem)
         if kept is None:
             found = connection.execute(
-                "SELECT doc, count(*) FROM words_places WHERE term = ? GROUP BY doc", (stem,)
+                "SELECT doc, count(*), max(col <> 'captions') FROM words_places WHERE term = ?"
+                " GROUP BY doc ORDER BY doc",
+                (stem,),
             ).fetchall()
-            ids, often = np.array(found, dtype=np.int64).reshape(-1, 2).T
+            ids, often, is_title = np.array(found, dtype=np.int64).reshape(-1, 3).T
             places = np.searchsorted(self.ids, ids)
             most = (K1 + 1) * idf(len(self.ids), len(ids))
-            kept = places, most * often / (often + self._damping[places])
+            worth = most * often / (often + self._damping[places])
+            kept = _Listed(places, worth, ids[is_title > 0])
             if found:  # else anyone could fill the memory with words that are nowhere
                 self._of[stem] = kept
         return kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Listed:
+    """Places in `WordLists.ids` of the items that have a word, and what it is worth to each.
+
+    titled: ids of those that have it in their name or folders, ascending.
+    """
+
+    places: NDArray[np.int64]
+    worth: NDArray[np.float64]
+    titled: NDArray[np.int64]
 
 
 def _varints(packed: bytes) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from indexes.records import KINDS
 from indexes.threads import Threads
 from indexes.words import SCORED
 
@@ -40,9 +41,11 @@ Rows = NDArray[np.float32]
 Scores = NDArray[np.float32]
 
 # How deep the channels are gone down at first, and when that does not settle it. At the first depth
-# 19 of 20 answers to captions of Flickr8k are known to be those of looking everywhere.
-DEPTH = 100
-DEPTH_PER_RESULT = 5
+# 299 of 300 answers to captions of Flickr8k are known to be those of looking everywhere; to go as
+# deep costs little where everything is looked at. An approximate index is tuned for less.
+DEPTH = 200
+DEPTH_PER_RESULT = 10
+TUNED = 100
 DEEPEST = 400
 ASIDE = Threads("aside")  # for one part of a query while another is looked for
 # Captions looked at for each picture wanted, at first: several of one picture lie together.
@@ -166,19 +169,18 @@ class Channels:
         )
         ids, scores, is_all = match.ids, match.scores, len(match.ids) < count
         if name == "caption":
-            with self.store.snapshot() as rows:
-                owners = rows.caption_owners(ids)
-            nearest: dict[int, float] = {}
-            for caption_id, score in zip(ids.tolist(), scores.tolist(), strict=True):
-                if caption_id in owners:  # another process may have removed some since
-                    nearest.setdefault(owners[caption_id], score)
-            ids = np.fromiter(nearest, np.int64, len(nearest))
-            scores = np.array([*nearest.values()], np.float32)
+            owners = self.store.caption_owners(ids)
+            order = np.argsort(owners, kind="stable")  # of each picture, the nearest comes first
+            # Another process may have removed some since.
+            is_first = (np.diff(owners[order], prepend=-1) > 0) & (owners[order] >= 0)
+            ids, scores = owners[order][is_first], scores[order][is_first]
         return _ranked(ids, scores, {name: scores}, is_all=is_all)
 
     def _hybrid(self, count: int) -> Ranking:
         words = self._words()
         depth = max(DEPTH, DEPTH_PER_RESULT * count)
+        if count <= TUNED // 2 and not self._is_exact(TUNED):
+            depth = TUNED
         while True:
             looked = ASIDE.submit(self._channel, "image", depth)
             try:
@@ -196,14 +198,7 @@ class Channels:
                 for name, part in parts.items()
             }
             found = np.concatenate([part.ids for part in parts.values()])
-            # An approximate index misses captions, so of what it does not tell nothing is known.
-            is_exact = (
-                self.exact
-                or self.among is not None
-                or self.store.is_exact("caption", depth, self.source)
-            )
-            ids = _distinct(found)
-            ranking = self._fused(ids, told, words, last, count if is_exact else len(ids))
+            ranking = self._fused(_distinct(found), parts, words, last, depth, count)
             ranking = replace(ranking, is_all=ranking.is_all and parts["image"].is_all)
             is_sure = len(ranking.ids) >= count and ranking.scores[count - 1] >= self.fusion.bound(
                 last
@@ -224,47 +219,72 @@ class Channels:
         return _ranked(match.ids, match.scores, {}, is_all=True, terms=match.terms)
 
     def _fused(
-        self, ids: Ids, told: Ranking, words: Ranking, last: Mapping[Channel, float], count: int
+        self,
+        ids: Ids,
+        parts: Mapping[Channel, Ranking],
+        words: Ranking,
+        last: Mapping[Channel, float],
+        depth: int,
+        count: int,
     ) -> Ranking:
         """The best of some pictures in mode "hybrid", at least `count` if there are as many.
 
-        Most of a query's time would go into the captions of pictures that nothing can bring up to
-        the best, so those are left out first.
+        Most of a query's time would go into pictures that nothing can bring up to the best, so
+        those are left out first.
 
         Args:
             ids: the pictures, ascending; those that are gone by now are left out.
-            told: those of the pictures whose nearest caption is known already.
+            parts: what each channel has found, `depth` deep.
             words: all pictures that have any of the words.
-            last: the most that an unknown caption can have, under "caption".
-            count: answers wanted; as many as there are pictures leaves out none.
+            last: the most that a picture can have in a channel that has not shown it.
+            depth: how deep the channels were gone down.
+            count: answers wanted.
         """
-        ids, image = self._given("image", ids)
         heard = _at(ids, words.ids, words.scores, 0.0)
         if len(words.ids) >= SCORED:  # there may be others
             with self.store.snapshot() as rows:
                 heard = rows.word_scores(self.text, ids)
-        channels: dict[Channel, Scores] = {
-            "image": image,
-            "caption": _at(ids, told.ids, told.scores, np.nan),
-            "words": heard,
+        given: dict[Channel, Scores] = {
+            name: _at(ids, parts[name].ids, parts[name].scores, np.nan)
+            for name in ("image", "caption")
         }
-        is_known = ~np.isnan(channels["caption"])
-        most = self.fusion.fuse(
-            channels | {"caption": np.where(is_known, channels["caption"], last["caption"])}
-        )
-        # Without captions it may have more.
-        most = np.where(is_known, most, np.maximum(most, self.fusion.fuse(channels)))
+        lacks = {name: np.isnan(one) for name, one in given.items()}
         keep = np.ones(len(ids), dtype=np.bool_)
-        if np.count_nonzero(is_known) > count:
-            keep = most >= -np.partition(-most[is_known], count - 1)[count - 1]
-        kept: dict[Channel, Scores] = {name: one[keep] for name, one in channels.items()}
-        kept["caption"] = self._nearest(ids[keep])  # an approximate index may know a lesser one
+        if not self._is_exact(depth):
+            # An approximate index misses some, so of what it does not show nothing is known, and
+            # of a picture it may know a lesser caption.
+            lacks["caption"] = keep
+        else:
+            most = {name: np.where(lacks[name], last[name], one) for name, one in given.items()}
+            told = self.fusion.fuse(most | {"words": heard})
+            # Without captions it may have more.
+            bare = self.fusion.fuse(most | {"caption": given["caption"], "words": heard})
+            bound = np.where(lacks["caption"], np.maximum(told, bare), told)
+            is_known = ~(lacks["image"] | lacks["caption"])
+            if np.count_nonzero(is_known) > count:
+                keep = bound >= -np.partition(-bound[is_known], count - 1)[count - 1]
+        there, image = self._given("image", ids[keep & lacks["image"]])
+        given["image"][np.searchsorted(ids, there)] = image
+        wanted = keep & lacks["caption"]
+        given["caption"][wanted] = self._nearest(ids[wanted])
+        is_there = keep & ~np.isnan(given["image"])
+        kept: dict[Channel, Scores] = {
+            name: one[is_there] for name, one in (given | {"words": heard}).items()
+        }
         return _ranked(
-            ids[keep],
+            ids[is_there],
             self.fusion.fuse(kept),
             kept,
             is_all=bool(keep.all()),
             terms=words.terms,
+        )
+
+    def _is_exact(self, depth: int) -> bool:
+        """Whether all pictures and captions are looked at."""
+        return (
+            self.exact
+            or self.among is not None
+            or all(self.store.is_exact(kind, depth, self.source) for kind in KINDS)
         )
 
     def scores(self, ids: Ids) -> tuple[Ids, dict[Channel, Scores]]:
@@ -276,12 +296,11 @@ class Channels:
 
     def _nearest(self, ids: Ids) -> Scores:
         """(n,) what that caption of each picture has which is nearest; NaN without captions."""
-        with self.store.snapshot() as rows:
-            owners = rows.captions_of(ids)
-        told, scores = self._given("caption", np.array(sorted(owners), dtype=np.int64))
         nearest = np.full(len(ids), np.nan, dtype=np.float32)
-        places = np.searchsorted(ids, [owners[one] for one in told.tolist()])
-        np.fmax.at(nearest, places, scores)
+        if len(ids):
+            owners = self.store.captions_of(ids)
+            told, scores = self._given("caption", owners.captions)
+            np.fmax.at(nearest, np.searchsorted(ids, owners.of(told)), scores)
         return nearest
 
     def _given(self, kind: Kind, ids: Ids) -> tuple[Ids, Scores]:

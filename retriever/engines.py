@@ -190,8 +190,14 @@ class Lanes:
         return self._run(feed)
 
     def map(self, function: Callable[[T], R], parts: Iterable[T]) -> list[R]:
-        """`function` of each part in order, in the lanes' threads; raises what it raises first."""
-        return list(self._threads.map(function, parts))
+        """`function` of each part in order, in the lanes' threads; raises what it raises first.
+
+        A part that is alone is done in the caller's thread.
+        """
+        several = list(parts)
+        if len(several) < 2:  # nothing to do beside it
+            return [function(one) for one in several]
+        return list(self._threads.map(function, several))
 
 
 _lanes: WeakSet[Lanes] = WeakSet()

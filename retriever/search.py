@@ -25,6 +25,7 @@ from retriever.channels import (
     ASIDE,
     FALLBACK,
     MODES,
+    TUNED,
     Channel,
     Channels,
     Fusion,
@@ -48,7 +49,7 @@ __all__ = ["Answer", "CaptionHit", "Hit", "Query", "Searcher"]
 SHORTEST_NAME = 3  # letters and digits of a word that names something by a digit
 # Answers more than wanted, among which copies of those that are shown are counted; not beyond what
 # an approximate index is tuned for.
-SPARE, TUNED = 10, 100
+SPARE = 10
 NEAR = 0.9  # of the words of two captions that say the same, such as 10 of 11
 # What people are told before answers of which none is a match.
 NO_MATCH = "No good match. The nearest are:"
@@ -220,7 +221,9 @@ class Searcher:
         def listen() -> tuple[Ids | None, list[tuple[int, Ids | None]], WordMatch | None]:
             with self._store.snapshot() as rows:
                 chosen = _chosen(rows, where, among, asked.phrases)
-                named = _named(rows, asked.names, literal, chosen)
+                having = _having(rows, asked.names) if asked.names else []
+            titled = None if literal is None else self._store.titled(literal)
+            named = _named(having, titled, chosen)
             heard = self._store.words(_text(query), among=chosen) if mode == "hybrid" else None
             return chosen, [*named, (0, chosen)], heard
 
@@ -511,6 +514,13 @@ def _chosen(
     return chosen
 
 
+def _having(rows: Snapshot, names: Sequence[str]) -> list[Ids]:
+    """The pictures whose words have each of some names."""
+    from indexes.filters import Words
+
+    return [rows.select(Words(name, phrase=True)) for name in names]
+
+
 def _literal(query: Query, mode: Mode | None) -> str | None:
     """A text that may be the name of a file or folder; None if what is asked is more or else."""
     if mode not in (None, "hybrid") or query.images or len(query.texts) != 1:
@@ -519,28 +529,22 @@ def _literal(query: Query, mode: Mode | None) -> str | None:
     return unquoted(text) if weight > 0 else None
 
 
-def _named(
-    rows: Snapshot, names: Sequence[str], literal: str | None, chosen: Ids | None
-) -> list[tuple[int, Ids]]:
+def _named(having: Sequence[Ids], titled: Ids | None, chosen: Ids | None) -> list[tuple[int, Ids]]:
     """(how many of the names, pictures whose words have so many), the most first.
 
-    A picture whose name or folders have all words of `literal` has all names and one more.
+    having: the pictures that have each of the names. titled: those whose name or folders have all
+    that is asked; they have all names and one more.
     """
-    from indexes.filters import Words
-
-    several = [rows.select(Words(name, phrase=True)) for name in names]
-    if literal is not None and words.asked(literal):
-        found = rows.select(Words(literal, columns=("name", "folders")))
-        several += [found] * (len(names) + 1)
+    several = [*having, *([titled] * (len(having) + 1) if titled is not None else [])]
     counts = np.bincount(np.concatenate(several)) if several else np.empty(0, np.int64)
-    counts = np.minimum(counts, len(names) + 1)
+    counts = np.minimum(counts, len(having) + 1)
     groups = []
-    for count in range(len(names) + 1, 0, -1):
-        having = np.flatnonzero(counts == count)
+    for count in range(len(having) + 1, 0, -1):
+        those = np.flatnonzero(counts == count)
         if chosen is not None:
-            having = _both(having, chosen)
-        if len(having):
-            groups.append((count, having))
+            those = _both(those, chosen)
+        if len(those):
+            groups.append((count, those))
     return groups
 
 

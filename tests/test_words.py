@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from indexes import words
 from indexes.errors import InvalidRowsError, StoreError
 from indexes.records import CaptionRow, Fit, ItemWrite, Term
-from indexes.snapshot import our_error
+from indexes.snapshot import Snapshot, our_error
 from indexes.store import ModelSpec, Store
 
 MODEL = ModelSpec("toy", 4, "toy-fingerprint")
@@ -421,6 +421,35 @@ def test_lists_in_memory_answer_as_sqlite_does(captions: list[list[str]], asked:
                 assert one.terms == other.terms
 
 
+@pytest.mark.parametrize(
+    ("text", "titled"),
+    [
+        ("beach", [2, 3]),
+        ("dog beach", [2, 3]),
+        ("dogs IMG_1", [2]),
+        ("snow", []),  # a caption's word
+        ("dog snow", []),
+        ("nowhere beach", []),
+        ("ab\u0305cd", []),
+        ("…", []),
+        ("", []),
+    ],
+)
+def test_titles_in_memory_are_those_of_sqlite(
+    memory: sqlite3.Connection, text: str, titled: list[int]
+) -> None:
+    words.put(
+        memory,
+        [
+            words.row(1, ["a dog in the snow, on a beach"], "IMG_1.jpg"),
+            words.row(2, ["snow"], "dog/beach/IMG_1.jpg"),
+            words.row(3, [], "DogOnBeach.jpg", "2024"),
+        ],
+    )
+    assert words.titled(memory, text).tolist() == titled
+    assert words.titled(memory, text, words.WordLists(memory)).tolist() == titled
+
+
 def test_words_that_are_nowhere_fill_no_memory(memory: sqlite3.Connection) -> None:
     put(memory, "a dog", "a cat")
     lists = words.WordLists(memory)
@@ -448,6 +477,37 @@ def test_a_store_that_is_asked_often_answers_as_before_and_follows_changes(
     assert made.call_count == 1
     assert [sorted(store.words("dogs").ids) for _ in range(3)] == [[first, second]] * 3
     assert made.call_count == 2
+
+
+def test_whose_captions_are_whose_is_told_alike_from_memory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("indexes.store.OFTEN", 2)
+    with store.writer() as writer:
+        root = writer.add_root(Path("/p"))
+        ids = writer.write(root, [item(f"{n}.jpg", *["a dog"] * (n % 3)) for n in range(9)])
+    ids += [99]
+    captions = {one: store.caption_ids(one) for one in ids}
+    asked = np.array([*captions[ids[2]], 999, *captions[ids[1]]], dtype=np.int64)
+    some = np.array([ids[8], ids[0], ids[4], 99], dtype=np.int64)
+
+    def told() -> tuple[list[int], list[tuple[int, int]], list[int]]:
+        found = store.captions_of(some)
+        pairs = zip(found.captions.tolist(), found.items.tolist(), strict=True)
+        return store.caption_owners(asked).tolist(), list(pairs), store.titled("2 jpg").tolist()
+
+    expected = sorted((one, item) for item in some.tolist() for one in captions[item])
+    before = told()
+    assert before == ([ids[2], ids[2], -1, ids[1]], expected, [ids[2]])
+    read = mock.Mock(side_effect=Snapshot.owners, autospec=True)
+    monkeypatch.setattr(Snapshot, "owners", lambda *args, **kinds: read(*args, **kinds))
+    for _ in range(2):
+        store.words("dog")
+    assert [told(), told()] == [before, before]
+    assert read.call_count == 1  # of all at once
+    with store.writer() as writer:
+        writer.remove([ids[2]])
+    assert store.caption_owners(asked).tolist() == [-1, -1, -1, ids[1]]
 
 
 def test_rows_are_counted_without_reading_them(store: Store) -> None:
