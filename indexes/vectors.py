@@ -53,11 +53,18 @@ QUERIES, ROWS = 1024, 1024
 GPU_AFTER = 256
 GPU_MOST = 2048  # candidates that FAISS can choose there
 GPU_MARGIN = 2.0**-10  # it rounds queries to float16 as well, each number by up to 2**-11 of itself
+# Rounded to int8, vectors are half as much to read, in which nearly all of the time of a scan goes.
+# Whoever asks often gets such a copy, unless it would take more than half of so many bytes, and
+# keeps it while it settles most queries.
+ROUND_AFTER = 32
+ROUND_MOST = 128 << 20
+STEPS = 127  # from nothing to the largest component
 # Bytes of a file that one checksum covers: 64 rows of 512-d.
 BLOCK = 65_536
 # What FAISS writes of an index beside its codes and ids: 126 bytes today.
 HEADER = 256
 
+_HAS_GPUS = hasattr(faiss, "StandardGpuResources")
 # Shifting a float16's bits to where a float32 has them leaves an exponent too small by 112.
 _SIGN_AND_REST = np.int32(-0x7000_2000)
 _EXPONENT = np.float32(2.0**112)
@@ -227,6 +234,7 @@ class VectorIndex:
             self._codes = content.view(np.float16).reshape(-1, self.dim)
         self._asked = 0
         self._copies: list[_Copy] | None = None
+        self._rounded: _Rounded | None = None
         self._guard = threading.Lock()
         self.ids: Ids = faiss.vector_to_array(keyed.id_map)
 
@@ -337,6 +345,29 @@ class VectorIndex:
         return found
 
     def _search(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> list[Match]:
+        self._asked += len(queries)
+        if len(queries) < BATCH and self._copy_rounded() is not None:
+            found = [self._roughly(query, k, allowed) for query in queries]
+            if None not in found:
+                return [one for one in found if one is not None]
+        return self._finely(queries, k, allowed)
+
+    def _roughly(self, query: NDArray[np.float32], k: int, allowed: Mask | None) -> Match | None:
+        """As `search` for a query (d,), by way of the rounded copy; None if that is not enough."""
+        copy = self._copy_rounded()
+        if copy is None:
+            return None
+        rounded, unit, margin = copy.asked(query)
+        fetch = k + k // 2 + SLACK
+        scores, places = self._scanned(copy.index, rounded[None], fetch, allowed)
+        best = self.best(query, places[0][places[0] >= 0], k)
+        # What was not fetched scores at most so much.
+        rest = float(scores[0, -1]) * unit + margin + self._margin
+        is_settled = places[0, -1] < 0 or (len(best.ids) == k and rest < best.scores[-1])
+        copy.count(is_settled=is_settled)
+        return best if is_settled else None
+
+    def _finely(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> list[Match]:
         approximate, places, margin = self._nearest(queries, k + SLACK, allowed)
         found = []
         for query, rough, positions in zip(queries, approximate, places, strict=True):
@@ -380,7 +411,6 @@ class VectorIndex:
         Returns:
             Scores (q, fetch), best first; their rows; what a score may be off by.
         """
-        self._asked += len(queries)
         copies = self._on_gpus() if allowed is None and fetch <= GPU_MOST else []
         if copies:
             self.check()
@@ -389,14 +419,19 @@ class VectorIndex:
                 found = _each(lambda copy: copy.search(queries, fetch), copies)
         else:
             margin = self._margin
-            scan: Any = self._scan if len(queries) < BATCH or fetch > DEEP else self._multiply
+            if len(queries) < BATCH or fetch > DEEP:
+                return *self._scanned(self._flat, queries, fetch, allowed), margin
             parts = self._split(max(1, min(THREADS, self._codes.nbytes // PART)))
-            found = _each(lambda part: scan(*part, queries, fetch, allowed), parts)
-        scores = np.concatenate([part[0] for part in found], axis=1)
-        places = np.concatenate([part[1] for part in found], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :fetch]
-        best = np.take_along_axis(scores, order, axis=1)
-        return best, np.take_along_axis(places, order, axis=1), margin
+            found = _each(lambda part: self._multiply(part, queries, fetch, allowed), parts)
+        return *_together(found, fetch), margin
+
+    def _scanned(
+        self, flat: Any, queries: NDArray[np.float32], fetch: int, allowed: Mask | None
+    ) -> tuple[NDArray[np.float32], Positions]:
+        """The best of an index of these rows, which are all read for each query."""
+        parts = self._split(max(1, min(THREADS, len(self) * flat.code_size // PART)))
+        found = _each(lambda part: self._scan(flat, part, queries, fetch, allowed), parts)
+        return _together(found, fetch)
 
     def _split(self, count: int) -> list[tuple[int, int]]:
         edges = [len(self) * part // count for part in range(count + 1)]
@@ -409,28 +444,29 @@ class VectorIndex:
 
     def _scan(
         self,
-        first: int,
-        last: int,
+        flat: Any,
+        part: tuple[int, int],
         queries: NDArray[np.float32],
         fetch: int,
         allowed: Mask | None,
     ) -> tuple[NDArray[np.float32], Positions]:
-        """The best of rows `first` up to `last`, all of which are read for each query."""
+        """The best of rows from the first of `part` up to its last, read for each query."""
+        first, last = part
         self._check_between(first, last)
         is_all = allowed is None and last - first == len(self)
         selector = None if is_all else _selector(first, last, allowed)
-        scores, places = self._flat.search(queries, fetch, params=selector)
+        scores, places = flat.search(queries, fetch, params=selector)
         return np.where(places < 0, np.float32(-np.inf), scores), places
 
     def _multiply(
         self,
-        first: int,
-        last: int,
+        part: tuple[int, int],
         queries: NDArray[np.float32],
         fetch: int,
         allowed: Mask | None,
     ) -> tuple[NDArray[np.float32], Positions]:
-        """The best of rows `first` up to `last`, each of which is decoded once for all queries."""
+        """The same, each row decoded once for all queries."""
+        first, last = part
         self._check_between(first, last)
         # FAISS' name for a matrix product, with its own BLAS: that keeps to the calling thread.
         product = faiss.LinearTransform(self.dim, len(queries), False)
@@ -456,9 +492,19 @@ class VectorIndex:
             best.add(scores[: len(batch)], batch)
         return best.scores, best.places
 
+    def _copy_rounded(self) -> _Rounded | None:
+        """The vectors as int8, for who asks often; None where that is not worth its memory."""
+        if self._asked < ROUND_AFTER or self._codes.nbytes > ROUND_MOST or _HAS_GPUS:
+            return None
+        with self._guard:
+            if self._rounded is None:
+                self.check()
+                self._rounded = _Rounded.of(self)
+        return self._rounded if self._rounded.is_worth_it else None
+
     def _on_gpus(self) -> list[_Copy]:
         """The vectors as float16 on all GPUs, a range of rows on each; none without GPUs."""
-        if self._asked < GPU_AFTER or not hasattr(faiss, "StandardGpuResources"):
+        if self._asked < GPU_AFTER or not _HAS_GPUS:
             return []
         with self._guard:
             if self._copies is None:
@@ -494,6 +540,63 @@ class _Copy:
         """The best of these rows: scores (q, fetch), -inf where there are fewer, and places."""
         scores, places = self.index.search(queries, fetch)
         return np.where(places < 0, np.float32(-np.inf), scores), places + self.first
+
+
+class _Rounded:
+    """Vectors as int8, and how far scores with them may be off.
+
+    A component is so many steps; the same number for all vectors, and another one for each query.
+    What rounding takes from a vector is a vector of known length, and so is what it adds to the
+    product with a query of known length (Cauchy and Schwarz).
+
+    Attributes:
+        index: a FAISS index that multiplies int8 with int8, and adds up without rounding.
+        is_worth_it: whether it settles most queries, as it does where no few components are far
+            larger than all others.
+    """
+
+    def __init__(self, dim: int, step: float) -> None:
+        """Used by `of`."""
+        kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
+        self.index = faiss.IndexScalarQuantizer(dim, kind, faiss.METRIC_INNER_PRODUCT)
+        self.is_worth_it = True
+        self._step = step
+        self._off = self._longest = 0.0
+        self._asked = self._settled = 0
+
+    @classmethod
+    def of(cls, exact: VectorIndex) -> _Rounded:
+        """A copy of all vectors; raises IndexFileError."""
+        starts = range(0, len(exact), CHUNK)
+        parts = [np.arange(start, min(start + CHUNK, len(exact))) for start in starts]
+        largest = float(np.max([np.abs(exact.vectors(part)).max() for part in parts], initial=0.0))
+        copy = cls(exact.dim, largest / STEPS)
+        copy.is_worth_it = 0 < largest < np.inf  # else damaged, or there is nothing
+        for part in parts if copy.is_worth_it else ():
+            rows = exact.vectors(part)
+            rounded = np.rint(rows / np.float32(copy._step))
+            copy.index.add(rounded)
+            # In float64, beside whose own rounding the margin of `VectorIndex` is large.
+            stands_for = rounded.astype(np.float64) * copy._step
+            copy._off = max(copy._off, float(np.linalg.norm(stands_for - rows, axis=1).max()))
+            copy._longest = max(copy._longest, float(np.linalg.norm(stands_for, axis=1).max()))
+        return copy
+
+    def asked(self, query: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, float]:
+        """A query (d,) rounded, what one of FAISS' scores is worth, and how far off that may be."""
+        wide = query.astype(np.float64)
+        step = float(np.abs(wide).max()) / STEPS
+        rounded = np.rint(wide / step)
+        off = float(np.linalg.norm(rounded * step - wide))
+        margin = float(np.linalg.norm(wide)) * self._off + off * self._longest
+        return rounded.astype(np.float32), step * self._step, margin
+
+    def count(self, *, is_settled: bool) -> None:
+        """Take note of a query."""
+        self._asked += 1
+        self._settled += is_settled
+        if self._asked >= ROUND_AFTER and self._settled < self._asked * 3 // 4:
+            self.is_worth_it = False
 
 
 class _Best:
@@ -552,6 +655,16 @@ def _selector(first: int, last: int, allowed: Mask | None) -> Any:
         bits = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         selector = faiss.IDSelectorAnd(selector, bits)
     return faiss.SearchParameters(sel=selector)
+
+
+def _together(
+    found: list[tuple[NDArray[np.float32], Positions]], fetch: int
+) -> tuple[NDArray[np.float32], Positions]:
+    """The best `fetch` of what several parts gave, for each query."""
+    scores = np.concatenate([part[0] for part in found], axis=1)
+    places = np.concatenate([part[1] for part in found], axis=1)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :fetch]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(places, order, axis=1)
 
 
 def _each(work: Callable[[Any], Any], parts: list[Any]) -> list[Any]:

@@ -216,7 +216,7 @@ class Channels:
         elif self.among is not None:
             is_asked = np.isin(match.ids, self.among, assume_unique=True)
             match = replace(match, ids=match.ids[is_asked], scores=match.scores[is_asked])
-        return _ranked(match.ids, match.scores, {}, is_all=True, terms=match.terms)
+        return Ranking(match.ids, match.scores, {}, is_all=True, terms=match.terms)
 
     def _fused(
         self,

@@ -85,6 +85,8 @@ SPLIT = {"THREADS": 3, "PART": 1}
 WAYS = {
     "scanned": {"BATCH": 99},
     "scanned in parts": {"BATCH": 99, **SPLIT},
+    "rounded": {"BATCH": 99, "ROUND_AFTER": 0},
+    "rounded in parts": {"BATCH": 99, "ROUND_AFTER": 0, **SPLIT},
     "multiplied": {"BATCH": 1},
     "multiplied in parts": {"BATCH": 1, "ROWS": 7, "QUERIES": 2, **SPLIT},
 }
@@ -150,6 +152,44 @@ def test_a_score_depends_on_neither_the_batch_nor_the_way_it_was_found(monkeypat
     without_faiss = index.search(queries, 5)
     assert list(map(as_lists, together)) == list(map(as_lists, one_by_one))
     assert list(map(as_lists, together)) == list(map(as_lists, without_faiss))
+
+
+def test_a_rounded_copy_settles_most_queries_and_is_made_for_who_asks_often():
+    rows, queries = unit_rows(5000, 5, 64), unit_rows(100, 6, 64)
+    index = make(rows)
+    found = [index.search(query[None], 10)[0] for query in queries]
+    expected = [full_sort(rows, index.ids, query, 10) for query in queries]
+    assert list(map(as_lists, found)) == expected
+    copy = index._rounded
+    assert copy is not None
+    assert copy.is_worth_it
+    assert copy._asked == len(queries) - vectors.ROUND_AFTER + 1
+    assert copy._settled > 0.9 * copy._asked
+
+
+def test_vectors_that_rounding_makes_one_are_told_apart(monkeypatch):
+    monkeypatch.setattr(vectors, "ROUND_AFTER", 0)
+    rows = unit_rows(600, 5, 64)
+    rows[:500] = rows[0] + np.random.default_rng(1).standard_normal((500, 64)) * 1e-3
+    index = make(rows)
+    for query in rows[:20]:
+        [found] = index.search(query[None], 1)
+        assert as_lists(found) == full_sort(rows, index.ids, query, 1)
+    assert index._rounded is not None
+    assert index._rounded._settled < index._rounded._asked
+
+
+def test_a_rounded_copy_that_settles_nothing_is_given_up(monkeypatch):
+    monkeypatch.setattr(vectors, "ROUND_AFTER", 5)
+    rows, queries = unit_rows(2000, 5, 64), unit_rows(30, 6, 64)
+    rows[:, 1:] *= 1e-2  # what is left of the steps tells nothing apart
+    index = make(rows)
+    for query in queries:
+        [found] = index.search(query[None], 10)
+        assert as_lists(found) == full_sort(rows, index.ids, query, 10)
+    assert index._rounded is not None
+    assert not index._rounded.is_worth_it
+    assert index._rounded._asked == 5
 
 
 def test_allowed_rows_that_all_lie_in_one_part_are_found():
