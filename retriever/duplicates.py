@@ -27,7 +27,7 @@ Positions = NDArray[np.int64]
 Rows = NDArray[np.float32]
 
 MAX_BITS = 11  # of 64 in which the hashes of near-duplicates differ
-# Of their embeddings. 0.85 would find 96 % of small pictures at half their size instead of 61, and
+# Of their embeddings. 0.85 would find 96 % of small pictures at half their size instead of 63, and
 # put together most of a shop's products that are photographed alike.
 MIN_COSINE = 0.93
 BITS = 64
