@@ -363,7 +363,7 @@ class VectorIndex:
         best = self.best(query, places[0][places[0] >= 0], k)
         # What was not fetched scores at most so much.
         rest = float(scores[0, -1]) * unit + margin + self._margin
-        is_settled = places[0, -1] < 0 or (len(best.ids) == k and rest < best.scores[-1])
+        is_settled = len(best.ids) == k and rest < best.scores[-1]
         copy.count(is_settled=is_settled)
         return best if is_settled else None
 
@@ -550,7 +550,7 @@ class _Rounded:
     product with a query of known length (Cauchy and Schwarz).
 
     Attributes:
-        index: a FAISS index that multiplies int8 with int8, and adds up without rounding.
+        index: a FAISS index that multiplies int8 with int8.
         is_worth_it: whether it settles most queries, as it does where no few components are far
             larger than all others.
     """

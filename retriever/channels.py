@@ -171,8 +171,8 @@ class Channels:
         if name == "caption":
             owners = self.store.caption_owners(ids)
             order = np.argsort(owners, kind="stable")  # of each picture, the nearest comes first
-            # Another process may have removed some since.
-            is_first = (np.diff(owners[order], prepend=-1) > 0) & (owners[order] >= 0)
+            # Another process may have removed some since: those have -1.
+            is_first = np.diff(owners[order], prepend=-1) > 0
             ids, scores = owners[order][is_first], scores[order][is_first]
         return _ranked(ids, scores, {name: scores}, is_all=is_all)
 

@@ -179,6 +179,18 @@ def test_vectors_that_rounding_makes_one_are_told_apart(monkeypatch):
     assert index._rounded._settled < index._rounded._asked
 
 
+def test_what_rounding_takes_from_a_query_is_reckoned_with():
+    rows = np.random.default_rng(1).choice([-1, 1], (3000, 64)).astype(np.float32) / 8
+    index = make(rows)  # of which rounding takes nothing
+    query = np.full(64, 0.49 / 127, dtype=np.float32)  # below half a step
+    query[0] = 1.0
+    query /= np.linalg.norm(query)
+    for _ in range(vectors.ROUND_AFTER + 3):
+        [found] = index.search(query[None], 5)
+        assert as_lists(found) == full_sort(rows, index.ids, query, 5)
+    assert index._rounded is not None
+
+
 def test_a_rounded_copy_that_settles_nothing_is_given_up(monkeypatch):
     monkeypatch.setattr(vectors, "ROUND_AFTER", 5)
     rows, queries = unit_rows(2000, 5, 64), unit_rows(30, 6, 64)

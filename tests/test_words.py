@@ -479,6 +479,22 @@ def test_a_store_that_is_asked_often_answers_as_before_and_follows_changes(
     assert made.call_count == 2
 
 
+def test_damage_that_is_met_on_the_way_to_memory_is_met_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("indexes.store.OFTEN", 2)
+    with store.writer() as writer:
+        root = writer.add_root(Path("/p"))
+        [one] = writer.write(root, [item("a.jpg", "a dog")])
+    monkeypatch.setattr(Snapshot, "owners", mock.Mock(side_effect=ValueError("no number")))
+    assert store.words("dog").ids.tolist() == [one]
+    with pytest.raises(StoreError):
+        store.words("dog")
+    for _ in range(5):
+        assert store.titled("a").tolist() == [one]
+        assert store.words("dog").ids.tolist() == [one]
+
+
 def test_whose_captions_are_whose_is_told_alike_from_memory(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,7 +515,7 @@ def test_whose_captions_are_whose_is_told_alike_from_memory(
     expected = sorted((one, item) for item in some.tolist() for one in captions[item])
     before = told()
     assert before == ([ids[2], ids[2], -1, ids[1]], expected, [ids[2]])
-    read = mock.Mock(side_effect=Snapshot.owners, autospec=True)
+    read = mock.Mock(side_effect=Snapshot.owners)
     monkeypatch.setattr(Snapshot, "owners", lambda *args, **kinds: read(*args, **kinds))
     for _ in range(2):
         store.words("dog")
