@@ -346,17 +346,18 @@ class VectorIndex:
 
     def _search(self, queries: NDArray[np.float32], k: int, allowed: Mask | None) -> list[Match]:
         self._asked += len(queries)
-        if len(queries) < BATCH and self._copy_rounded() is not None:
-            found = [self._roughly(query, k, allowed) for query in queries]
-            if None not in found:
-                return [one for one in found if one is not None]
+        copy = self._copy_rounded() if len(queries) < BATCH else None
+        if copy is not None:
+            found = [self._roughly(copy, query, k, allowed) for query in queries]
+            settled = [one for one in found if one is not None]
+            if len(settled) == len(queries):
+                return settled
         return self._finely(queries, k, allowed)
 
-    def _roughly(self, query: NDArray[np.float32], k: int, allowed: Mask | None) -> Match | None:
+    def _roughly(
+        self, copy: _Rounded, query: NDArray[np.float32], k: int, allowed: Mask | None
+    ) -> Match | None:
         """As `search` for a query (d,), by way of the rounded copy; None if that is not enough."""
-        copy = self._copy_rounded()
-        if copy is None:
-            return None
         rounded, unit, margin = copy.asked(query)
         fetch = k + k // 2 + SLACK
         scores, places = self._scanned(copy.index, rounded[None], fetch, allowed)
@@ -414,24 +415,28 @@ class VectorIndex:
         copies = self._on_gpus() if allowed is None and fetch <= GPU_MOST else []
         if copies:
             self.check()
-            margin = GPU_MARGIN + self._margin
             with self._guard:  # what FAISS keeps on a GPU serves one search at a time
                 found = _each(lambda copy: copy.search(queries, fetch), copies)
-        else:
-            margin = self._margin
-            if len(queries) < BATCH or fetch > DEEP:
-                return *self._scanned(self._flat, queries, fetch, allowed), margin
-            parts = self._split(max(1, min(THREADS, self._codes.nbytes // PART)))
-            found = _each(lambda part: self._multiply(part, queries, fetch, allowed), parts)
-        return *_together(found, fetch), margin
+            return *_together(found, fetch), GPU_MARGIN + self._margin
+        if len(queries) < BATCH or fetch > DEEP:
+            return *self._scanned(self._flat, queries, fetch, allowed), self._margin
+        found = _each(
+            lambda part: self._multiply(part, queries, fetch, allowed), self._parts(self._flat)
+        )
+        return *_together(found, fetch), self._margin
 
     def _scanned(
         self, flat: Any, queries: NDArray[np.float32], fetch: int, allowed: Mask | None
     ) -> tuple[NDArray[np.float32], Positions]:
         """The best of an index of these rows, which are all read for each query."""
-        parts = self._split(max(1, min(THREADS, len(self) * flat.code_size // PART)))
-        found = _each(lambda part: self._scan(flat, part, queries, fetch, allowed), parts)
+        found = _each(
+            lambda part: self._scan(flat, part, queries, fetch, allowed), self._parts(flat)
+        )
         return _together(found, fetch)
+
+    def _parts(self, flat: Any) -> list[tuple[int, int]]:
+        """Ranges of rows of an index of these rows, one for each thread that is worth waking."""
+        return self._split(max(1, min(THREADS, len(self) * flat.code_size // PART)))
 
     def _split(self, count: int) -> list[tuple[int, int]]:
         edges = [len(self) * part // count for part in range(count + 1)]

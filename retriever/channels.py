@@ -10,7 +10,7 @@ of them is: comparable between queries, which a sum of reciprocal ranks is not.
 
 The best of the mean need not be among the best of any one channel. The search goes down all of
 them together until nothing unseen can come between (Fagin, Lotem & Naor 2003, "Optimal aggregation
-algorithms for middleware"), or to the 400 best of each, beyond which hardly anything does.
+algorithms for middleware"), or until it is below the 400 best of each, where hardly anything does.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ class Channels:
                 for name, part in parts.items()
             }
             found = np.concatenate([part.ids for part in parts.values()])
-            ranking = self._fused(_distinct(found), parts, words, last, depth, count)
+            is_exact = self._is_exact(depth)
+            ranking = self._fused(_distinct(found), parts, words, last, count, is_exact=is_exact)
             ranking = replace(ranking, is_all=ranking.is_all and parts["image"].is_all)
             is_sure = len(ranking.ids) >= count and ranking.scores[count - 1] >= self.fusion.bound(
                 last
@@ -224,8 +225,9 @@ class Channels:
         parts: Mapping[Channel, Ranking],
         words: Ranking,
         last: Mapping[Channel, float],
-        depth: int,
         count: int,
+        *,
+        is_exact: bool,
     ) -> Ranking:
         """The best of some pictures in mode "hybrid", at least `count` if there are as many.
 
@@ -234,11 +236,11 @@ class Channels:
 
         Args:
             ids: the pictures, ascending; those that are gone by now are left out.
-            parts: what each channel has found, `depth` deep.
+            parts: what each channel has found.
             words: all pictures that have any of the words.
             last: the most that a picture can have in a channel that has not shown it.
-            depth: how deep the channels were gone down.
             count: answers wanted.
+            is_exact: whether all pictures and captions were looked at for `parts`.
         """
         heard = _at(ids, words.ids, words.scores, 0.0)
         if len(words.ids) >= SCORED:  # there may be others
@@ -250,7 +252,7 @@ class Channels:
         }
         lacks = {name: np.isnan(one) for name, one in given.items()}
         keep = np.ones(len(ids), dtype=np.bool_)
-        if not self._is_exact(depth):
+        if not is_exact:
             # An approximate index misses some, so of what it does not show nothing is known, and
             # of a picture it may know a lesser caption.
             lacks["caption"] = keep
@@ -259,7 +261,7 @@ class Channels:
             told = self.fusion.fuse(most | {"words": heard})
             # Without captions it may have more.
             bare = self.fusion.fuse(most | {"caption": given["caption"], "words": heard})
-            bound = np.where(lacks["caption"], np.maximum(told, bare), told)
+            bound = np.maximum(told, bare)
             is_known = ~(lacks["image"] | lacks["caption"])
             if np.count_nonzero(is_known) > count:
                 keep = bound >= -np.partition(-bound[is_known], count - 1)[count - 1]

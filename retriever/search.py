@@ -222,7 +222,7 @@ class Searcher:
             with self._store.snapshot() as rows:
                 chosen = _chosen(rows, where, among, asked.phrases)
                 having = _having(rows, asked.names) if asked.names else []
-            titled = None if literal is None else self._store.titled(literal)
+            titled = np.empty(0, np.int64) if literal is None else self._store.titled(literal)
             named = _named(having, titled, chosen)
             heard = self._store.words(_text(query), among=chosen) if mode == "hybrid" else None
             return chosen, [*named, (0, chosen)], heard
@@ -529,14 +529,13 @@ def _literal(query: Query, mode: Mode | None) -> str | None:
     return unquoted(text) if weight > 0 else None
 
 
-def _named(having: Sequence[Ids], titled: Ids | None, chosen: Ids | None) -> list[tuple[int, Ids]]:
+def _named(having: Sequence[Ids], titled: Ids, chosen: Ids | None) -> list[tuple[int, Ids]]:
     """(how many of the names, pictures whose words have so many), the most first.
 
     having: the pictures that have each of the names. titled: those whose name or folders have all
     that is asked; they have all names and one more.
     """
-    several = [*having, *([titled] * (len(having) + 1) if titled is not None else [])]
-    counts = np.bincount(np.concatenate(several)) if several else np.empty(0, np.int64)
+    counts = np.bincount(np.concatenate([*having, *[titled] * (len(having) + 1)]))
     counts = np.minimum(counts, len(having) + 1)
     groups = []
     for count in range(len(having) + 1, 0, -1):
