@@ -5,9 +5,8 @@
 
 Of a data set with a validation split that is tuned to, of others everything. Recalls are of pairs
 that neither trained a head nor stopped its training (see `retriever.tuning`), and so are those of
-hubness correction: a bias for each picture, by how near it is to all captions that were learned
-(inverted softmax, Smith et al. 2017, arXiv:1702.03859; query-bank normalisation, Bogolin et al.
-2022, arXiv:2112.12777), whose two numbers are chosen on the pairs that stopped the training.
+the second step, hubness correction. What both are worth in use is asked besides: of a library of
+the validation split, where there is one, with the last caption of each picture, which it lacks.
 
 What a library that is tuned to the first data set still finds elsewhere is asked of the test splits
 of --foreign ones, with the head that is adopted and with one whose training nothing tied to texts
@@ -36,10 +35,11 @@ from indexes.heads import Head, fingerprint
 from indexes.records import ModelSpec
 from indexes.store import Store
 from retriever import calibration, tuning
+from retriever.channels import Mode
 from retriever.data import list_pictures, read_pairs
 from retriever.encoders import Encoder, load_encoder
 from retriever.library import Library
-from retriever.metrics import bootstrap_interval
+from retriever.metrics import KS, bootstrap_interval
 from retriever.phrases import phrases
 from retriever.tuning import RECALLS, General, Pairs, TuneConfig
 
@@ -54,8 +54,6 @@ class Settings:
     model: str = "mini"
     random: str = "ViT-S-32"  # of open_clip, with weights that know nothing
     random_pictures: int = 150
-    betas: tuple[float, ...] = (5.0, 10.0, 20.0, 40.0, 80.0)  # sharpness of the inverted softmax
-    weights: tuple[float, ...] = (0.25, 0.5, 1.0)  # of the bias
     queries: int = 100  # whose answers are compared before and after
     epochs: int = tuning.DEFAULTS.epochs
     resamples: int = tuning.DEFAULTS.resamples
@@ -68,78 +66,6 @@ DEFAULTS = Settings()
 def config_of(settings: Settings) -> TuneConfig:
     """How heads are trained."""
     return TuneConfig(epochs=settings.epochs, resamples=settings.resamples, seed=settings.seed)
-
-
-# ── hubness ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def bias(texts: Rows, pictures: Rows, beta: float) -> Rows:
-    """(n,) how near each picture is to texts in general: log mean exp(beta · cosine) / beta."""
-    scores = beta * (texts @ pictures.T)
-    most = scores.max(axis=0)
-    near: Rows = (most + np.log(np.exp(scores - most).mean(axis=0))) / beta
-    return near - near.mean()
-
-
-def corrected_ranks(pairs: Pairs, subtracted: Rows) -> Places:
-    """(m,) ranks of each text's picture once something is subtracted from every picture's score."""
-    queries = np.hstack([pairs.texts, -np.ones((len(pairs.texts), 1), np.float32)])
-    gallery = np.hstack([pairs.pictures, subtracted[:, None].astype(np.float32)])
-    return tuning.ranks(queries, gallery, pairs.edges[:, ::-1])
-
-
-class Hubness:
-    """Sums of R@1, R@5 and R@10 of captions, without and with a bias, over all folds."""
-
-    def __init__(self, settings: Settings, *, is_tuned: bool) -> None:
-        self.settings = settings
-        self.is_tuned = is_tuned
-        self.sums: list[NDArray[np.float64]] = []  # (2, g) of each fold
-        self.counts: list[NDArray[np.float64]] = []
-        self.chosen: list[tuple[float, float]] = []  # beta and weight
-
-    def watch(self, train: Pairs, validation: Pairs, asked: Pairs, head: Head) -> None:
-        """One fold; see `retriever.tuning.tune`."""
-        if self.is_tuned:
-            train, validation, asked = (one.carried(head) for one in (train, validation, asked))
-        best, chosen = (
-            _hits(corrected_ranks(validation, np.zeros(len(validation)))).mean(),
-            (0.0, 0.0),
-        )
-        for beta in self.settings.betas:
-            known = bias(train.texts, validation.pictures, beta)
-            for weight in self.settings.weights:
-                found = _hits(corrected_ranks(validation, weight * known)).mean()
-                if found > best:
-                    best, chosen = found, (beta, weight)
-        beta, weight = chosen
-        subtracted = weight * bias(train.texts, asked.pictures, beta or 1.0)
-        groups = np.unique(asked.groups, return_inverse=True)[1].reshape(-1)
-        of_text = groups[asked.edges[np.unique(asked.edges[:, 1], return_index=True)[1], 0]]
-        both = [corrected_ranks(asked, one) for one in (np.zeros(len(asked)), subtracted)]
-        count = int(groups.max()) + 1
-        self.sums.append(np.stack([np.bincount(of_text, _hits(one), count) for one in both]))
-        self.counts.append(np.bincount(of_text, minlength=count).astype(float))
-        self.chosen.append(chosen)
-
-    def record(self) -> dict[str, Any]:
-        """The sum of recalls in percent without and with it, and the interval of the gain."""
-        sums, counts = np.concatenate(self.sums, axis=1), np.concatenate(self.counts)
-
-        def gain(drawn: Places) -> dict[str, float]:
-            without, with_it = 100 * (sums @ drawn) / max(1.0, float(counts @ drawn))
-            return {"without": without, "with": with_it, "gain": with_it - without}
-
-        sizes = [len(one) for one in self.counts]
-        intervals = bootstrap_interval(
-            gain, sizes, resamples=self.settings.resamples, seed=self.settings.seed
-        )
-        found = gain(np.ones(sum(sizes), dtype=np.int64))
-        return found | {"interval": list(intervals["gain"]), "chosen": self.chosen}
-
-
-def _hits(ranks: Places) -> NDArray[np.float64]:
-    return sum((ranks < k).astype(np.float64) for k in (1, 5, 10))  # type: ignore[return-value]
 
 
 # ── libraries ────────────────────────────────────────────────────────────────────────────────────
@@ -205,21 +131,65 @@ def random_library(
 def measure(
     store: Store, encoder: Encoder, settings: Settings, among: Collection[int] | None = None
 ) -> tuple[tuning.Tuning, dict[str, Any]]:
-    """What tuning finds, and its record with that of hubness correction."""
-    before, after = (Hubness(settings, is_tuned=is_tuned) for is_tuned in (False, True))
-
-    def watch(*fold: Any) -> None:
-        before.watch(*fold)
-        after.watch(*fold)
-
+    """What tuning finds, and its record."""
     began = time.process_time()
-    found = tuning.tune(store, lambda: encoder, config_of(settings), among=among, watch=watch)
+    found = tuning.tune(store, lambda: encoder, config_of(settings), among=among)
     assert found is not None
     record = {"is_better": found.is_better, "reason": found.reason} | found.record
     record["cpu_s"] = round(time.process_time() - began, 1)
-    if "before" in record:
-        record["hubness"] = {"untuned": before.record(), "tuned": after.record()}
     return found, record
+
+
+def ask(dataset: Path, folder: Path, encoder: Encoder, settings: Settings) -> dict[str, Any]:
+    """What tuning brings to those who ask a whole library by captions that it has not got."""
+    pairs, _ = read_pairs(dataset, split="val", embedded=False)
+    asked = [one for one in pairs if len(one.captions) > 1]
+    pictures = folder / "held-back"
+    lines = []
+    for one in asked:
+        (pictures / one.file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one.path, pictures / one.file)
+        texts = [caption.text for caption in one.captions[:-1]]
+        lines.append(json.dumps({"file": one.file, "captions": texts}))
+    (pictures / "captions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def ranks(library: Library, mode: Mode) -> Places:
+        found = np.full(len(asked), max(KS))
+        for place, one in enumerate(asked):
+            hits = library.search(one.captions[-1].text, mode=mode, k=max(KS), all=True)
+            names = [hit.path.relative_to(pictures).as_posix() for hit in hits]
+            if one.file in names:
+                found[place] = names.index(one.file)
+        return found
+
+    with Library.create(folder / "held-back.lib", encoder) as library:
+        library.index(pictures)
+        before = {mode: ranks(library, mode) for mode in ("image", "hybrid")}
+        report = library.tune(config_of(settings))
+        assert report is not None
+        told = {"dataset": dataset.resolve().name, "pictures": len(asked)}
+        told |= {"adopted": report.adopted, "reason": report.reason}
+        after = {mode: ranks(library, mode) for mode in before}
+    for mode, one in before.items():
+        hits = np.stack([[some < k for k in KS] for some in (one, after[mode])])  # (2, 3, n)
+
+        def recalled(drawn: Places, hits: NDArray[np.bool_] = hits) -> dict[str, float]:
+            shares = 100 * (hits @ drawn) / drawn.sum()
+            return {"gain": float((shares[1] - shares[0]).sum())}
+
+        shares = 100 * hits.mean(axis=2)
+        intervals = bootstrap_interval(
+            recalled, [len(asked)], resamples=settings.resamples, seed=settings.seed
+        )
+        told[mode] = {
+            **{
+                when: {f"r@{k}": round(float(share), 2) for k, share in zip(KS, some, strict=True)}
+                for when, some in zip(("before", "after"), shares, strict=True)
+            },
+            "gain": round(float((shares[1] - shares[0]).sum()), 2),
+            "interval": [round(one, 2) for one in intervals["gain"]],
+        }
+    return told
 
 
 def untied(store: Store, encoder: Encoder, settings: Settings) -> Head:
@@ -263,7 +233,8 @@ def move(path: Path, head: Head, encoder: Encoder, settings: Settings) -> dict[s
         texts = [caption.text for _, caption in store.captions(ids[: settings.queries])]
         before = _answers(library, texts)
         packed = head.pack()
-        model = ModelSpec(f"{base.name}+tuned", base.dim, fingerprint(base.fingerprint, packed))
+        derived = fingerprint(base.fingerprint, packed)
+        model = ModelSpec(f"{base.name}+tuned", head.made, derived)
         is_watching, cpu = True, time.process_time()
         times = [time.perf_counter()]
         with store.writer() as writer:
@@ -322,8 +293,22 @@ def recall_rows(name: str, record: Mapping[str, Any]) -> list[list[str]]:
         "{:+.1f} [{:+.1f}, {:+.1f}]".format(gain[recall], *gain["intervals"][recall])
         for recall in (*RECALLS, "rsum")
     ]
-    told = "adopted" if record["is_better"] else "refused"
+    told = "adopted" if tuning.is_head_better(record) else "refused"
     return [*rows, [f"{name}, gain: {told}", *spans, "", "", "", ""]]
+
+
+def correction_row(name: str, record: Mapping[str, Any]) -> list[str]:
+    """One line: before and after, and the gain with its interval."""
+    gain = record["gain"]["rsum"]
+    low, high = record["gain"]["intervals"]["rsum"]
+    helps, _ = tuning.is_correction_better(record)
+    return [
+        f"{name}, {'tuned' if record['space'] == 'after' else 'untuned'}",
+        f"{record['weights'][-1]:g}",
+        *(f"{record['before'][one]:.1f} → {record['after'][one]:.1f}" for one in RECALLS[:3]),
+        f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]",
+        "kept" if helps else "left out",
+    ]
 
 
 def _half(record: Mapping[str, Any], name: str) -> str:
@@ -356,17 +341,30 @@ def tables_of(numbers: Mapping[str, Any]) -> str:
         parts.append(f"What the head of {next(iter(told))} does to pictures of another kind:")
         parts.append(format_table(["test split", *names, "rSum"], rows))
     rows = [
-        [
-            f"{name}, {how}",
-            f"{one['without']:.1f}",
-            f"{one['with']:.1f}",
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(one["gain"], *one["interval"]),
-        ]
+        correction_row(name, record["correction"])
         for name, record in told.items()
-        for how, one in record["hubness"].items()
+        if "correction" in record
     ]
-    parts.append("Hubness correction: sum of t2i R@1, R@5 and R@10 of held-out captions.")
-    parts.append(format_table(["space", "without", "with", "gain"], rows))
+    parts.append("And then corrected for hubs, of which texts find pictures in another order:")
+    header = ["held-out pairs", "weight", *names[:3], "gain of the three together", ""]
+    parts.append(format_table(header, rows))
+    if asked := numbers.get("asked"):
+        rows = [
+            [
+                mode,
+                *(f"{asked[mode]['before'][f'r@{k}']:.1f}" for k in KS),
+                *(f"{asked[mode]['after'][f'r@{k}']:.1f}" for k in KS),
+                "{:+.1f} [{:+.1f}, {:+.1f}]".format(asked[mode]["gain"], *asked[mode]["interval"]),
+            ]
+            for mode in ("image", "hybrid")
+        ]
+        parts.append(
+            f"A library of {asked['pictures']:,} pictures of {asked['dataset']}'s validation split"
+            " without the last caption of each, with which it is asked: "
+            f"{'tuned' if asked['adopted'] else 'not tuned'}; {asked['reason']}."
+        )
+        header = ["found by", *(f"before, R@{k}" for k in KS), *(f"after, R@{k}" for k in KS)]
+        parts.append(format_table([*header, "gain of the three together"], rows))
     if moved := numbers.get("moved"):
         parts.append(
             f"{moved['pictures']:,} pictures and {moved['captions']:,} captions were carried over"
@@ -448,6 +446,9 @@ def main(
                 }
             largest = max(paths, key=lambda path: path.joinpath("catalogue.sqlite").stat().st_size)
             numbers["moved"] = move(largest, heads[0], encoder, settings)
+        if with_val := [dataset for dataset in there if "val" in _splits(dataset)]:
+            numbers["asked"] = ask(with_val[0], Path(home), encoder, settings)
+            click.echo(f"asked of {with_val[0]}: {numbers['asked']['reason']}", err=True)
     printed = tables_of(numbers)
     click.echo(printed)
     write_report(

@@ -143,7 +143,7 @@ def _sound_head(rows: Snapshot, model: ModelSpec) -> Head | None:
     with suppress(ValueError):
         head = Head.unpack(derivation.head)
         whole = fingerprint(derivation.base.fingerprint, derivation.head) == model.fingerprint
-        if whole and head.dim == model.dim == derivation.base.dim:
+        if whole and (head.dim, head.made) == (derivation.base.dim, model.dim):
             return head
     return None
 
@@ -181,7 +181,7 @@ def _astray(
         is_there = np.array([one in theirs for one in ids.tolist()], dtype=np.bool_)
         lacking += ids[~is_there].tolist()
         kept = [theirs[one] for one in ids[is_there].tolist()]
-        if kept and stored.shape[1] == head.dim and {len(one) for one in kept} == {head.dim}:
+        if kept and stored.shape[1] == head.dim and {len(one) for one in kept} == {head.made}:
             cosines = (head(kind, stored[is_there]) * np.stack(kept)).sum(axis=1)
             wrong += ids[is_there][~(cosines >= FOLLOWS)].tolist()
     return wrong, lacking

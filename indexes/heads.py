@@ -2,9 +2,10 @@
 
     y = (x + gelu(x·D + c)·U + b), made to length 1
 
-Pictures and captions have matrices of their own. With U and b zero it is the identity. A head is
-kept as the bytes of a safetensors file, which is read here without that package: eight bytes with
-the length of a JSON header, the header, and the numbers.
+Pictures and captions have matrices of their own. With U and b zero it is the identity. A correction
+for hubs may follow, which needs two more dimensions: see `Correction`. A head is kept as the bytes
+of a safetensors file, which is read here without that package: eight bytes with the length of a
+JSON header, the header, and the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,12 @@ Rows = NDArray[np.float32]
 # No header of ours is longer, nor has a model more dimensions.
 MAX_HEADER_BYTES = 1 << 16
 MAX_SIDE = 1 << 13
+# Of a correction for hubs: texts whose mean counts, as its paper has it; the least room for it,
+# beside cosines; columns that it adds; pictures compared with its texts at a time.
+NEAREST = 10
+LEAST_SPAN = 0.01
+ADDED = 2
+BLOCK = 256
 
 
 class Residual(NamedTuple):
@@ -41,38 +48,121 @@ class Residual(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Correction:
+    """Takes from each picture's score what it owes to being near to texts of all kinds: hubness.
+
+    Some pictures are among the nearest to many texts that they do not show. A picture x has
+
+        h(x) = weight · (mean cosine to the `NEAREST` nearest of `texts` − centre)
+
+    as in cross-domain similarity local scaling (Conneau et al. 2018, arXiv:1710.04087), where the
+    weight is 1/2; the nearest `passed` texts are likely the picture's own and do not count. With
+
+        x → [x, −h(x)/√s, what is missing to the length √(1 + s)] / √(1 + s),  s: the span
+        t → [t, √s, 0] / √(1 + s)
+
+    all rows have length 1 again, and the dot product of a picture and a text is
+    (x·t − h(x)) / (1 + s). Those of two texts, and but for the square of a difference of h those of
+    two pictures, keep their order.
+
+    texts: (t, d) unit rows. span: no |h| may be larger; one that is counts as that.
+    """
+
+    texts: Rows
+    passed: int
+    weight: float
+    centre: float
+    span: float
+
+    @classmethod
+    def of(cls, texts: Rows, pictures: Rows, passed: int) -> Correction:
+        """The whole of it, of weight 1: centred on some pictures (n, d), with room for them."""
+        near = _nearness(texts, pictures, passed)
+        centre = near.mean()
+        return cls(texts, passed, 1.0, float(centre), float(np.abs(near - centre).max()))
+
+    def weighted(self, weight: float) -> Correction:
+        """A part of it, of what is one as a whole."""
+        return replace(self, weight=weight, span=max(LEAST_SPAN, weight * self.span))
+
+    def __call__(self, kind: Kind, rows: Rows) -> Rows:
+        """(n, d + 2) float32 unit rows for unit rows (n, d)."""
+        room = math.sqrt(self.span)
+        made = np.zeros((len(rows), rows.shape[1] + ADDED), np.float32)
+        made[:, :-ADDED] = rows
+        if kind == "image":
+            high = self.weight * (_nearness(self.texts, rows, self.passed) - self.centre)
+            made[:, -2] = -np.clip(high, -self.span, self.span) / room
+            made[:, -1] = np.sqrt(np.maximum(self.span - made[:, -2] ** 2, 0))
+        else:
+            made[:, -2] = room
+        made /= math.sqrt(1 + self.span)
+        return made
+
+
+def _nearness(texts: Rows, pictures: Rows, passed: int) -> Rows:
+    """(n,) the mean cosine of pictures (n, d) to the nearest of texts (t, d) but for some."""
+    last = min(passed + NEAREST, len(texts))
+    first = max(0, min(passed, last - NEAREST))
+    means = np.empty(len(pictures), np.float32)
+    for start in range(0, len(pictures), BLOCK):
+        cosines = pictures[start : start + BLOCK] @ texts.T
+        nearest = -np.sort(np.partition(-cosines, last - 1, axis=1)[:, :last], axis=1)
+        means[start : start + BLOCK] = nearest[:, first:].mean(axis=1)
+    return means
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """A function of embeddings of pictures, and one of embeddings of captions and other texts."""
+    """A function of embeddings of pictures, and one of embeddings of captions and other texts.
+
+    residuals: for each kind. correction: what follows, if anything.
+    """
 
     residuals: Mapping[Kind, Residual]
+    correction: Correction | None = None
 
     def __call__(self, kind: Kind, rows: NDArray[np.floating]) -> Rows:
-        """(n, d) float32 unit rows for embeddings (n, d); all texts are of captions' kind."""
+        """(n, made) float32 unit rows for embeddings (n, d); all texts are of captions' kind."""
         one = self.residuals[kind]
         given = np.ascontiguousarray(rows, dtype=np.float32)
         carried: Rows = given + _gelu(given @ one.down + one.inner) @ one.up
         carried += one.bias
         carried /= np.linalg.norm(carried, axis=1, keepdims=True)
-        return carried
+        return carried if self.correction is None else self.correction(kind, carried)
 
     @property
     def dim(self) -> int:
         """Columns of the embeddings that it takes."""
         return len(self.residuals["image"].bias)
 
+    @property
+    def made(self) -> int:
+        """Columns of the embeddings that it gives."""
+        return self.dim + (ADDED if self.correction is not None else 0)
+
     def pack(self) -> bytes:
-        """The bytes of a safetensors file with the tensors `image.down`, `image.inner`, ..."""
+        """The bytes of a safetensors file with the tensors `image.down`, `image.inner`, ...
+
+        A correction is in `texts` and `correction`, which has its other fields in their order.
+        """
+        tensors = {
+            f"{kind}.{name}": values
+            for kind in KINDS
+            for name, values in self.residuals[kind]._asdict().items()
+        }
+        if one := self.correction:
+            numbers = [one.passed, one.weight, one.centre, one.span]
+            tensors |= {"texts": one.texts, "correction": np.array(numbers, np.float32)}
         header: dict[str, Any] = {}
         parts: list[bytes] = []
         at = 0
-        for kind in KINDS:
-            for name, values in self.residuals[kind]._asdict().items():
-                part = np.ascontiguousarray(values, dtype="<f4").tobytes()
-                ends = [at, at + len(part)]
-                shape = list(values.shape)
-                header[f"{kind}.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": ends}
-                parts.append(part)
-                at = ends[1]
+        for name, values in tensors.items():
+            part = np.ascontiguousarray(values, dtype="<f4").tobytes()
+            ends = [at, at + len(part)]
+            header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": ends}
+            parts.append(part)
+            at = ends[1]
         told = json.dumps(header, separators=(",", ":")).encode()
         told += b" " * (-len(told) % 8)  # so that the numbers are aligned
         return len(told).to_bytes(8, "little") + told + b"".join(parts)
@@ -101,7 +191,15 @@ class Head:
                 raise ValueError("the parts of a head do not fit together")
             if bias.shape != (head.dim,):
                 raise ValueError("the parts of a head differ in size")
-        return head
+        if "correction" not in header:
+            return head
+        texts, given = (_tensor(header.get(name), numbers) for name in ("texts", "correction"))
+        if texts.ndim != 2 or texts.shape[1] != head.dim or given.shape != (4,):
+            raise ValueError("the correction of a head does not fit it")
+        passed, weight, centre, span = given.tolist()
+        if not (0 <= passed <= MAX_SIDE and span > 0):
+            raise ValueError("the correction of a head is out of range")
+        return replace(head, correction=Correction(texts, int(passed), weight, centre, span))
 
 
 def _tensor(described: Any, numbers: bytes) -> Rows:

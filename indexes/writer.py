@@ -187,11 +187,11 @@ class Writer:
         if rows.derivation() is not None:
             raise InvalidRowsError("a model is derived from one that an encoder made")
         try:
-            dim = Head.unpack(head).dim
+            made = Head.unpack(head)
         except ValueError as error:
             raise InvalidRowsError(str(error)) from error
-        if (dim, model.dim) != (base.dim, base.dim):
-            raise InvalidRowsError(f"a head of {dim} dimensions does not fit {base.name}")
+        if (made.dim, made.made) != (base.dim, model.dim):
+            raise InvalidRowsError(f"a head of {made.dim} dimensions does not fit {base.name}")
         if model.fingerprint != fingerprint(base.fingerprint, head):
             raise InvalidRowsError(f"{model.name} has not the fingerprint of its head")
 

@@ -107,7 +107,9 @@ def find(
                     known.append((-pixels, -item.size, item.item_id, item.content_hash, hash_))
         known.sort(key=lambda one: one[:3])
 
-        vectors = np.zeros((len(known), store.model.dim), np.float16)  # filled as they are needed
+        derivation = state.derivation()
+        dim = (derivation.base if derivation else store.model).dim
+        vectors = np.zeros((len(known), dim), np.float16)  # filled as they are needed
         is_read = np.zeros(len(known), dtype=bool)
 
         def embeddings(positions: Positions) -> Rows:

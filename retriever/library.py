@@ -422,9 +422,10 @@ class Library:
         """Fits the space to the library's own captions, if that is measured to help.
 
         Two small maps are trained over the stored embeddings, and measured with captions held out
-        (see `retriever.tuning`). If these find more than before, beyond what chance explains, the
-        library is searched in the new space from now on; otherwise nothing is changed. No picture
-        is opened. What was tuned before is started anew.
+        (see `retriever.tuning`); then a correction for hubs is. If either finds more than before,
+        beyond what chance explains, the library is searched in the new space from now on, which has
+        two more dimensions if it is corrected; otherwise nothing is changed. No picture is opened.
+        What was tuned before is started anew.
 
         Args:
             config: the settings; None: as they are.
@@ -455,7 +456,8 @@ class Library:
             if found.head is None or not found.is_better or dry_run:
                 return TuneReport(False, found.is_better, found.reason, base.name, found.record)
             packed = found.head.pack()
-            model = ModelSpec(f"{base.name}+tuned", base.dim, fingerprint(base.fingerprint, packed))
+            derived = fingerprint(base.fingerprint, packed)
+            model = ModelSpec(f"{base.name}+tuned", found.head.made, derived)
             with store.writer() as writer:
                 facts = {"reason": found.reason} | found.record
                 if not writer.adopt(model, packed, facts, progress=adopting, stop=stop):

@@ -427,9 +427,11 @@ class _Found:
             return [[place] for place in range(len(self._candidates))]
         from retriever.duplicates import collapse
 
-        rows = np.zeros((len(self._candidates), self._store.model.dim), dtype=np.float32)
+        # Words may have found some before their embeddings were made.
+        dim = max(0 if one.vector is None else len(one.vector) for one in self._candidates)
+        rows = np.zeros((len(self._candidates), dim), dtype=np.float32)
         for row, one in zip(rows, self._candidates, strict=True):
-            if one.vector is not None:  # else words have found it before its embedding was made
+            if one.vector is not None:
                 row[:] = one.vector
         return collapse([one.item for one in self._candidates], rows)
 

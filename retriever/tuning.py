@@ -18,20 +18,25 @@ A head is adopted only if rSum on held-out pairs gains more than chance explains
 95 % interval of the difference, drawn by groups of pictures that were dealt together, is above 0.
 The model must have known something of the pictures before, more than guessing does; and what the
 library is not about must be left alone: see `General`.
+
+A correction for hubs (`indexes.heads.Correction`) is a second step, in the space that the first led
+to, be that the former one. Its weight is chosen on the pairs that stopped the training, what it
+brings is measured on the same held-out ones, and it is kept by the same rule, apart from the head.
+It reorders the pictures that a text finds; of the texts that a picture finds it changes nothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from indexes.filters import Compare
-from indexes.heads import Head, Residual
+from indexes.heads import Correction, Head, Residual
 from indexes.records import KINDS, Kind, unit_rows
 from retriever import calibration, metrics
 from retriever.duplicates import collapse
@@ -81,6 +86,8 @@ class TuneConfig:
     faithful: float = (
         10.0  # weight of staying where it was with texts that are about something else
     )
+    hub_texts: int = 2000  # that a correction for hubs compares pictures with, at most
+    hub_weights: Sequence[float] = (0.25, 0.5, 0.75, 1.0)  # of it, one of which is chosen
     resamples: int = 1000
     seed: int = 0
 
@@ -597,10 +604,6 @@ class Tuning:
     record: dict[str, Any]
 
 
-# Pairs that a head learned, that stopped its training, and that it was asked; the head.
-Watch = Callable[[Pairs, Pairs, Pairs, Head], None]
-
-
 @dataclass(frozen=True, slots=True)
 class TuneReport:
     """What came of tuning a library.
@@ -624,7 +627,6 @@ def tune(
     among: Collection[int] | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
-    watch: Watch | None = None,
 ) -> Tuning | None:
     """A head for a store's embeddings, trained on its own captions, and what it brings.
 
@@ -638,8 +640,6 @@ def tune(
         among: ids of the only pictures that are learned from; None: all.
         progress: called with (done, total) epochs; training may end before the last.
         stop: asked after each epoch; None comes back once it says yes.
-        watch: called with each fold that was asked: pairs that were learned, that stopped the
-            training and that were asked, and the head.
 
     Raises:
         MissingExtraError: torch is not installed.
@@ -656,7 +656,7 @@ def tune(
         "texts": len(pairs.texts),
         "groups": int(pairs.groups.max(initial=-1)) + 1,
         "left_out_texts": pairs.left_out,
-        "settings": asdict(config),
+        "settings": asdict(config) | {"hub_weights": [*config.hub_weights]},
     }
     if len(pairs) < FEWEST or record["groups"] < 2 * config.folds:
         few = f"{len(pairs):,} captioned pictures in {record['groups']:,} groups"
@@ -664,12 +664,22 @@ def tune(
         return Tuning(None, False, f"{reason} {2 * config.folds} that share no caption", record)
     texts = encoder().encode_texts([*calibration.background(), *phrases()])
     general = General.of(texts, pairs)
-    found = cross_fitted(pairs, general, config, progress=progress, stop=stop, watch=watch)
+    found = cross_fitted(pairs, general, config, progress=progress, stop=stop)
     if found is None:
         return None
-    head, measured = found
-    record |= measured | {"seconds": round(time.monotonic() - started, 1)}
-    is_better, reason = _verdict(record)
+    heads, measured = found
+    record |= measured
+    is_better, reason = is_head_better(record)
+    head = heads[-1]
+    if _knows(record):
+        spaces = heads if is_better else [identity(store.model.dim)] * len(heads)
+        correction, measured = corrected(pairs, spaces, config)
+        record["correction"] = measured | {"space": "after" if is_better else "before"}
+        helps, told = is_correction_better(record["correction"])
+        reason = f"{reason}; {told}"
+        if helps:
+            head, is_better = replace(spaces[-1], correction=correction), True
+    record["seconds"] = round(time.monotonic() - started, 1)
     return Tuning(head, is_better, reason, record)
 
 
@@ -680,29 +690,20 @@ def cross_fitted(
     *,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
-    watch: Watch | None = None,
-) -> tuple[Head, dict[str, Any]] | None:
-    """A head for some pairs, and what heads like it bring to pairs that they did not see.
+) -> tuple[list[Head], dict[str, Any]] | None:
+    """Heads for some pairs, and what they bring to pairs that they did not see.
 
-    Returns the head of all folds but one, and a record: `before`, `after` and `gain` as `Tally` has
-    them, the `epochs` of each head, and how much is kept of `general`. None if it was stopped.
-    The arguments are those of `tune`.
+    Returns the head of each fold and, last, that of all folds but one, and a record: `before`,
+    `after` and `gain` as `Tally` has them, the `epochs` of each head, and how much the last one
+    keeps of `general`. None if it was stopped. The arguments are those of `tune`.
     """
-    folds = dealt_into_folds(pairs.groups, config.folds, config.seed)
     total = config.epochs * (config.folds + 1)
     report = progress or (lambda done, total: None)
     report(0, total)
     tally, epochs = Tally(), []
-    head = identity(pairs.pictures.shape[1])
-    rng = np.random.default_rng(config.seed)
-    for fold in range(config.folds + 1):
-        # The last one is the head that is adopted: nothing is held out of it.
-        watching = fold % config.folds
-        asked = (watching + 1) % config.folds if fold < config.folds else -1
-        done = fold * config.epochs
-        train = pairs.part((folds != watching) & (folds != asked))
-        some = rng.permutation(np.flatnonzero(folds == watching))[: config.watched]
-        validation = pairs.part(np.isin(np.arange(len(pairs)), some))
+    heads: list[Head] = []
+    for train, validation, asked in _splits(pairs, config):
+        done = len(heads) * config.epochs
         trained = train_head(
             train,
             validation,
@@ -713,26 +714,86 @@ def cross_fitted(
         )
         if trained is None:
             return None
-        head, epoch = trained
-        epochs.append(epoch)
+        heads.append(trained[0])
+        epochs.append(trained[1])
         report(done + config.epochs, total)
-        if asked >= 0:
-            held_out = pairs.part(folds == asked)
-            tally.add(held_out, held_out.carried(head))
-            if watch is not None:
-                watch(train, validation, held_out, head)
+        if asked is not None:
+            tally.add(asked, asked.carried(heads[-1]))
     record = tally.record(config.resamples, config.seed)
-    return head, record | {"epochs": epochs, "general": general.half(1).kept(head)}
+    return heads, record | {"epochs": epochs, "general": general.half(1).kept(heads[-1])}
 
 
-def _verdict(record: Mapping[str, Any]) -> tuple[bool, str]:
+def _splits(pairs: Pairs, config: TuneConfig) -> Iterator[tuple[Pairs, Pairs, Pairs | None]]:
+    """What is learned, what stops the training and what is asked: fold by fold.
+
+    The last one is for the head that is adopted: nothing is held out of it.
+    """
+    folds = dealt_into_folds(pairs.groups, config.folds, config.seed)
+    rng = np.random.default_rng(config.seed)
+    for fold in range(config.folds + 1):
+        watching = fold % config.folds
+        asked = (watching + 1) % config.folds if fold < config.folds else -1
+        train = pairs.part((folds != watching) & (folds != asked))
+        some = rng.permutation(np.flatnonzero(folds == watching))[: config.watched]
+        validation = pairs.part(np.isin(np.arange(len(pairs)), some))
+        yield train, validation, pairs.part(folds == asked) if asked >= 0 else None
+
+
+def corrected(
+    pairs: Pairs, heads: Sequence[Head], config: TuneConfig = DEFAULTS
+) -> tuple[Correction, dict[str, Any]]:
+    """A correction for hubs, to come after the last head, and what such ones bring.
+
+    Args:
+        pairs: those that the heads are for.
+        heads: of each fold and of what is adopted, as `cross_fitted` gives them.
+        config: the settings.
+
+    Returns:
+        The correction and a record: `before`, without one, `after` and `gain` as `Tally` has them,
+        and the `weights` chosen in each fold, the last one being the correction's; with 0 it
+        changes nothing.
+    """
+    tally, weights = Tally(), []
+    for head, (train, validation, asked) in zip(heads, _splits(pairs, config), strict=True):
+        correction = _chosen(train.carried(head), validation.carried(head), config)
+        weights.append(correction.weight)
+        if asked is not None:
+            tally.add(asked.carried(head), asked.carried(replace(head, correction=correction)))
+    return correction, tally.record(config.resamples, config.seed) | {"weights": weights}
+
+
+def _chosen(train: Pairs, validation: Pairs, config: TuneConfig) -> Correction:
+    """By texts of `train`, with the weight that lets texts of `validation` find most."""
+    rng = np.random.default_rng(config.seed)
+    some = np.sort(rng.permutation(len(train.texts))[: config.hub_texts])
+    texts = train.texts[some]
+    # As many as a picture of the library will likely meet of its own.
+    share = len(texts) / len(train.texts)
+    passed = round(share * len(train.edges) / len(train))
+    whole = Correction.of(texts, train.pictures, passed)
+    best, most = whole, -1.0
+    for weight in (0.0, *config.hub_weights):
+        one = whole.weighted(weight)
+        found = ranks(
+            one("caption", validation.texts),
+            one("image", validation.pictures),
+            validation.edges[:, ::-1],
+        )
+        hits = sum(float((found < k).mean()) for k in metrics.KS)
+        if hits > most:
+            best, most = one, hits
+    return best
+
+
+def is_head_better(record: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether a head should be adopted, and why."""
     gain = record["gain"]["rsum"]
     low, high = record["gain"]["intervals"]["rsum"]
     told = f"held-out rSum changes by {gain:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
     if low <= 0 or not record["epochs"][-1]:
         return False, f"{told}: no more than chance explains"
-    if record["chance"]["below_rsum_by"][0] <= 0:
+    if not _knows(record):
         return False, (
             f"{told}, but the model itself finds no more than guessing would: what it was trained"
             " for is not this, and a head cannot stand in for it"
@@ -744,6 +805,24 @@ def _verdict(record: Mapping[str, Any]) -> tuple[bool, str]:
             f" of other texts {100 * min(kept['texts'], kept['pictures']):.0f} % would be left"
         )
     return True, told
+
+
+def _knows(record: Mapping[str, Any]) -> bool:
+    """Whether the model finds more than guessing would."""
+    return bool(record["chance"]["below_rsum_by"][0] > 0)
+
+
+def is_correction_better(record: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether a correction for hubs should be kept, and why."""
+    if not record["weights"][-1]:
+        return False, "correcting for hubs would change nothing"
+    gain = record["gain"]["rsum"]
+    low, high = record["gain"]["intervals"]["rsum"]
+    told = f"{gain:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}"
+    if low <= 0:
+        return False, f"correcting for hubs, {told}, is left out"
+    alone = " alone" if record["space"] == "before" else ""
+    return True, f"correcting for hubs{alone} brings {told}"
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -769,6 +848,13 @@ def render(record: Mapping[str, Any]) -> str:
     for name in ("alignment", "uniformity_pictures", "uniformity_texts", "modality_gap"):
         before, after = record["before"][name], record["after"][name]
         lines.append(f"{name.replace('_', ' '):<21}{before:>7.3f} → {after:.3f}")
+    if "correction" in record:
+        one = record["correction"]
+        found = ", ".join(
+            f"R@{k} {one['before'][f't2i_r@{k}']:.1f} → {one['after'][f't2i_r@{k}']:.1f}"
+            for k in metrics.KS
+        )
+        lines.append(f"{one['space']}, and then corrected for hubs: t2i {found}")
     kept = min(record["general"]["texts"], record["general"]["pictures"])
     lines.append(f"of what it is not about, {100 * kept:.0f} % of the neighbourhoods stay")
     lines.append(f"measured in {record['seconds']:.0f} s; intervals are of 95 %")

@@ -363,9 +363,9 @@ def tune(
     """Fit the space in which a library is searched to its own captioned pictures.
 
     Two small maps are trained over the stored embeddings and measured with captions that were held
-    out. The library takes them up only if these find more, beyond what chance explains; otherwise
-    nothing is changed. No picture is opened again, and the former embeddings stay. It takes
-    minutes at most.
+    out; then a correction for hubs, pictures that come up for everything. The library takes up
+    either only if held-out captions find more, beyond what chance explains; otherwise nothing is
+    changed. No picture is opened again, and the former embeddings stay. It takes minutes at most.
 
     \b
     Examples:

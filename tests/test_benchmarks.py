@@ -461,6 +461,9 @@ def test_answers_without_the_data_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_tuning(tmp_path: Path, coloured: Path) -> None:
+    told = coloured / "captions.jsonl"
+    lines = [json.loads(line) | {"split": "val"} for line in told.read_text("utf-8").splitlines()]
+    told.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     few = ("--epochs", 1, "--queries", 5, "--resamples", 50)
     options = ("--foreign", coloured, "--libraries", tmp_path / "libraries", *few)
     # A model with random weights takes seconds to make.
@@ -470,31 +473,17 @@ def test_tuning(tmp_path: Path, coloured: Path) -> None:
     assert tuned["pictures"] == len(list(coloured.glob("*.png")))
     gained = tuned["after"]["rsum"] - tuned["before"]["rsum"]
     assert tuned["gain"]["rsum"] == pytest.approx(gained, abs=0.02)  # each was rounded
-    for how in ("untuned", "tuned"):
-        found = tuned["hubness"][how]
-        assert found["with"] - found["without"] == pytest.approx(found["gain"], abs=1e-6)
-        low, high = found["interval"]
-        assert low <= high
+    asked = numbers["asked"]
+    assert asked["pictures"] == tuned["pictures"]
+    for mode in ("image", "hybrid"):
+        before, after = (asked[mode][when] for when in ("before", "after"))
+        assert 0 < before["r@1"] <= before["r@10"] <= 100
+        gained = sum(after.values()) - sum(before.values())
+        assert gained == pytest.approx(asked[mode]["gain"], abs=0.05)
     assert set(numbers["elsewhere"]["coloured"]) == {"untuned", "tuned", "tuned, tied to nothing"}
     moved = numbers["moved"]
     assert (moved["pictures"], moved["pictures_opened"]) == (tuned["pictures"], 0)
     assert moved["answers_equal_after_undo"]
-
-
-def test_hubness_correction_worked_by_hand() -> None:
-    import tuning
-
-    from retriever.tuning import Pairs
-
-    # The second picture is near to every text, and so is in the way of the first one's own.
-    pictures = np.array([[1, 0], [0.8, 0.6]], dtype=np.float32)
-    texts = np.array([[0.9, 0.436], [0.6, 0.8]], dtype=np.float32)
-    pairs = Pairs(pictures, texts, np.array([(0, 0), (1, 1)]), np.arange(2))
-    assert tuning.corrected_ranks(pairs, np.zeros(2)).tolist() == [1, 0]
-    known = tuning.bias(texts, pictures, 50.0)
-    assert known.mean() == pytest.approx(0, abs=1e-6)
-    assert known[1] - known[0] == pytest.approx(0.98 - 0.9, abs=0.02)
-    assert tuning.corrected_ranks(pairs, known).tolist() == [0, 0]
 
 
 def test_tuning_without_the_data_is_no_failure(tmp_path: Path) -> None:

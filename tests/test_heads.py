@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from indexes import heads
 from indexes.care import repair
 from indexes.errors import InvalidRowsError, StoreDamagedError, WrongModelError
-from indexes.heads import Head, Residual, fingerprint
+from indexes.heads import Correction, Head, Residual, fingerprint
 from indexes.records import KINDS
 from indexes.store import CaptionRow, ItemWrite, ModelSpec, Store, Writer
 
@@ -35,13 +37,20 @@ def a_head(seed: int = 0, size: float = 0.5) -> Head:
     )
 
 
+def a_corrected_head() -> Head:
+    """The same with a correction that stands on twelve texts."""
+    head = a_head()
+    images, texts = head("image", unit_rows(12)), head("caption", unit_rows(12, 30))
+    return replace(head, correction=Correction.of(texts, images, 1).weighted(0.5))
+
+
 def zeros(inner: int = 3) -> Residual:
     shapes = ((4, inner), (inner,), (inner, 4), (4,))
     return Residual(*(np.zeros(one, np.float32) for one in shapes))
 
 
 def spec_of(head: Head) -> ModelSpec:
-    return ModelSpec("toy+tuned", 4, fingerprint(BASE.fingerprint, head.pack()))
+    return ModelSpec("toy+tuned", head.made, fingerprint(BASE.fingerprint, head.pack()))
 
 
 def unit_rows(n: int, seed: int = 1) -> np.ndarray:
@@ -150,16 +159,108 @@ def test_a_head_comes_back_from_its_bytes_which_safetensors_reads_as_well():
     assert np.array_equal(safetensors.load(head.pack())["image.up"], head.residuals["image"].up)
 
 
-@given(cut=st.integers(0, 700), at=st.integers(0, 400), byte=st.integers(0, 255))
-def test_damaged_bytes_are_refused_or_are_a_head(cut: int, at: int, byte: int):
-    data = bytearray(a_head().pack())
-    data[at] = byte
+@given(
+    cut=st.integers(0, 1400),
+    at=st.integers(0, 1400),
+    byte=st.integers(0, 255),
+    is_corrected=st.booleans(),
+)
+def test_damaged_bytes_are_refused_or_are_a_head(cut: int, at: int, byte: int, is_corrected: bool):
+    data = bytearray((a_corrected_head() if is_corrected else a_head()).pack())
+    data[at % len(data)] = byte
     for some in (bytes(data), bytes(data[:cut])):
         try:
             head = Head.unpack(some)
         except ValueError:
             continue
         assert head.dim == 4
+
+
+# A correction for hubs
+
+
+def test_a_correction_takes_away_what_pictures_owe_to_their_nearness_to_texts(monkeypatch):
+    monkeypatch.setattr(heads, "NEAREST", 2)
+    texts = np.eye(4, dtype=np.float32)[[0, 0, 1]]
+    pictures = np.array([[0.6, 0.8, 0, 0], [0, 0.6, 0, 0.8]], np.float32)
+    # Of the first, the nearest text (0.8) is passed by, so 0.6 and 0.6 are left; of the other one,
+    # after 0.6, the two zeros.
+    whole = Correction.of(texts, pictures, 1)
+    assert (whole.centre, whole.span) == pytest.approx((0.3, 0.3))
+    part = whole.weighted(0.5)
+    assert part.span == pytest.approx(0.15)
+    queries = unit_rows(3)
+    scores = part("caption", queries) @ part("image", pictures).T
+    taken = np.array([0.5 * 0.3, -0.5 * 0.3])
+    assert scores == pytest.approx((queries @ pictures.T - taken) / 1.15, abs=1e-6)
+
+
+def test_where_there_are_fewer_texts_than_count_all_of_them_do(monkeypatch):
+    monkeypatch.setattr(heads, "NEAREST", 10)
+    texts, pictures = unit_rows(5, 2), unit_rows(6)
+    whole = Correction.of(texts, pictures, 3)
+    means = (pictures @ texts.T).mean(axis=1)
+    assert whole.centre == pytest.approx(means.mean(), abs=1e-6)
+    high = -whole("image", pictures)[:, -2] * (whole.span * (1 + whole.span)) ** 0.5
+    assert high == pytest.approx(means - means.mean(), abs=1e-5)
+
+
+@given(seed=st.integers(0, 1000), weight=st.sampled_from([0.0, 0.25, 1.0]))
+def test_corrected_rows_have_length_1_and_texts_keep_their_order(seed: int, weight: float):
+    part = Correction.of(unit_rows(40, seed), unit_rows(30, seed + 1), 2).weighted(weight)
+    rows = unit_rows(50, seed + 2)  # some of them have more of it than there is room for
+    for kind in KINDS:
+        assert np.linalg.norm(part(kind, rows), axis=1) == pytest.approx(np.ones(50), abs=1e-5)
+    cosines, told = rows @ rows.T, part("caption", rows)
+    assert told @ told.T == pytest.approx((cosines + part.span) / (1 + part.span), abs=1e-5)
+
+
+def test_a_corrected_head_comes_back_from_its_bytes():
+    head = a_corrected_head()
+    again = Head.unpack(head.pack())
+    assert (again.pack(), again.dim, again.made) == (head.pack(), 4, 6)
+    for kind in KINDS:
+        assert again(kind, unit_rows(5)) == pytest.approx(head(kind, unit_rows(5)), abs=1e-6)
+
+
+def test_a_correction_that_does_not_fit_its_head_is_refused():
+    head = a_corrected_head()
+    wide = replace(head.correction, texts=np.ones((3, 5), np.float32))
+    with pytest.raises(ValueError, match="does not fit"):
+        Head.unpack(replace(head, correction=wide).pack())
+    for spoilt in ({"span": 0.0}, {"passed": -1}):
+        with pytest.raises(ValueError, match="out of range"):
+            Head.unpack(replace(head, correction=replace(head.correction, **spoilt)).pack())
+
+
+def test_a_store_keeps_and_searches_a_corrected_space_of_more_dimensions(store, tmp_path):
+    before, head = answers(store), a_corrected_head()
+    adopt(store, head)
+    with Store.open(store.path) as seen:
+        assert seen.model.dim == 6
+        assert_follows(seen, head, store)
+        with store.writer() as writer:
+            [new] = writer.write(1, [an_item("new.jpg", unit_rows(1, 8)[0], unit_rows(3, 9))])
+            writer.finish()
+        assert_follows(seen, head, store)
+        query = head("caption", unit_rows(1, 3))
+        [match] = seen.search("image", query, 13)
+        scores = rows_of(seen, "image") @ query[0]
+        assert match.ids.tolist() == [1 + at for at in np.argsort(-scores)]
+        assert new in match.ids
+        seen.backup(tmp_path / "copy.lib")
+        model_id = seen.models()[0].model_id
+        execute(store, "DELETE FROM image_embeddings WHERE model_id = ? AND owner_id < 4", model_id)
+        assert any("3 image vectors of toy+tuned" in one for one in seen.verify())
+    assert any("3 image vectors of toy+tuned" in one for one in repair(store.path))
+    with Store.open(store.path) as seen:
+        assert seen.verify() == []
+        assert_follows(seen, head, store)
+    with store.writer() as writer:
+        writer.remove([new])
+        assert writer.abandon() == 1
+    with Store.open(store.path) as seen:
+        assert answers(seen) == before
 
 
 def test_another_base_or_another_head_is_another_space():

@@ -95,6 +95,28 @@ class TurnedEncoder:
         return [False] * len(texts)
 
 
+class LeaningEncoder(TurnedEncoder):
+    """Embeds some pictures nearer to all texts, whatever these say: hubs."""
+
+    name = "leaning"
+
+    def encode_images(self, images: Sequence[Image.Image | Path | np.ndarray]) -> np.ndarray:
+        rows = super().encode_images(images)
+        rows[:, -1] = 4 * np.abs(rows[:, 0])
+        return unit(rows)
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        rows = np.zeros((len(texts), DIM), dtype=np.float32)
+        for row, text in zip(rows, texts, strict=True):
+            numbers = [word for word in text.split() if word.isdigit()]
+            rng = np.random.default_rng(int(numbers[0]) if numbers else len(text))
+            row[:INSIDE] = 2 * unit(rng.normal(size=INSIDE))
+            if numbers:
+                row[:INSIDE] += unit(squares(int(numbers[0])).reshape(-1) - 127.5)
+            row[-1] = 1.5
+        return unit(rows)
+
+
 def paint(folder: Path, numbers: Sequence[int], caption: str = "squares {}") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in numbers:
@@ -164,6 +186,27 @@ def numbered(n: int, *, noise: float, seed: int = 0, dim: int = 16) -> Pairs:
     places = np.arange(n)
     edges = np.stack([places, places], axis=1)
     return Pairs(widened(pictures), widened(texts), edges, places)
+
+
+def leaning(n: int) -> Pairs:
+    """Pictures with a text each, (n, 24), some of which are nearer than others to all texts."""
+    rng = np.random.default_rng(0)
+    pictures, noise = unit(rng.normal(size=(2, n, 24)))
+    texts = unit(pictures + noise)
+    texts[:, 0] += 0.8
+    pictures[:, 0] += rng.random(n)
+    places = np.arange(n)
+    return Pairs(unit(pictures), unit(texts), np.stack([places, places], axis=1), places)
+
+
+def round_about(n: int) -> Pairs:
+    """Pictures with a text each, (n, 24), on a circle: none is nearer than others to all texts."""
+    angles = 2 * np.pi * np.arange(n) / n
+    about = angles + np.random.default_rng(0).normal(size=n) / 20
+    pictures, texts = (np.stack([np.cos(one), np.sin(one)], axis=1) for one in (angles, about))
+    places = np.arange(n)
+    edges = np.stack([places, places], axis=1)
+    return Pairs(widened(pictures, 22), widened(texts, 22), edges, places)
 
 
 def filled(path: Path, pairs: Pairs) -> Store:
@@ -402,14 +445,93 @@ def test_a_head_that_spoils_what_the_library_is_not_about_is_refused():
         "chance": {"below_rsum_by": [3.0, 9.0]},
         "general": {"texts": 0.99, "pictures": 0.5, "cosine": 0.9},
     }
-    is_better, reason = tuning._verdict(record)
+    is_better, reason = tuning.is_head_better(record)
     assert not is_better
     assert "found worse" in reason
     spared = record | {"general": {"texts": 0.99, "pictures": 0.98}}
-    assert tuning._verdict(spared)[0]
-    is_better, reason = tuning._verdict(spared | {"chance": {"below_rsum_by": [-2.0, 9.0]}})
+    assert tuning.is_head_better(spared)[0]
+    is_better, reason = tuning.is_head_better(spared | {"chance": {"below_rsum_by": [-2.0, 9.0]}})
     assert not is_better
     assert "no more than guessing" in reason
+
+
+# A correction for hubs
+
+
+@pytest.mark.parametrize("is_of_use", [True, False])
+def test_hubs_are_corrected_where_there_are_any(is_of_use):
+    pairs = leaning(400) if is_of_use else round_about(400)
+    heads = [tuning.identity(24)] * (QUICK.folds + 1)
+    correction, record = tuning.corrected(pairs, heads, QUICK)
+    helps, told = tuning.is_correction_better(record | {"space": "before"})
+    assert helps == is_of_use, told
+    assert len(record["weights"]) == QUICK.folds + 1
+    assert record["weights"][-1] == correction.weight
+    gain, (low, high) = record["gain"]["rsum"], record["gain"]["intervals"]["rsum"]
+    if is_of_use:
+        assert f"alone brings {gain:+.1f}, 95 % interval {low:+.1f} to {high:+.1f}" in told
+        held_out = pairs.part(tuning.dealt_into_folds(pairs.groups, QUICK.folds, 0) == 0)
+        told_apart = held_out.carried(replace(heads[0], correction=correction))
+        assert tuning.rsum(told_apart) > tuning.rsum(held_out)
+    for k in (1, 5, 10):  # a text's pictures are put in another order, a picture's texts are not
+        assert record["gain"][f"i2t_r@{k}"] == 0
+
+
+def test_texts_that_a_picture_has_of_its_own_are_passed_by():
+    pairs = leaning(300)
+    one = tuning._chosen(pairs, pairs, QUICK)
+    assert one.passed == 1
+    few = tuning._chosen(pairs, pairs, replace(QUICK, hub_texts=100))
+    assert (len(few.texts), few.passed) == (100, 0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "low", "is_kept", "words"),
+    [
+        ([0.5, 0.5, 0.25], 1.0, True, "brings"),
+        ([0.5, 0.5, 0.25], 0.0, False, "left out"),
+        ([0.5, 0.5, 0.0], 1.0, False, "would change nothing"),
+    ],
+)
+def test_a_correction_is_kept_by_what_it_brings_to_held_out_pairs(weights, low, is_kept, words):
+    gain = {"rsum": 2.0, "intervals": {"rsum": [low, 3.0]}}
+    record = {"weights": weights, "gain": gain, "space": "after"}
+    found = tuning.is_correction_better(record)
+    assert found[0] is is_kept
+    assert words in found[1]
+
+
+def test_a_model_that_knows_nothing_is_not_corrected(tmp_path):
+    made = leaning(150)
+    shuffled = np.random.default_rng(3).permutation(150)
+    noise = Pairs(made.pictures, made.texts[shuffled], made.edges, made.groups)
+    with filled(tmp_path / "made.lib", noise) as store:
+        found = tuning.tune(store, Elsewhere, QUICK)
+    assert not found.is_better
+    assert "correction" not in found.record
+
+
+def test_a_library_is_searched_by_the_correction_alone_where_a_head_brings_nothing(tmp_path):
+    folder = paint(tmp_path / "pictures", range(120))
+    with Library.create(tmp_path / "photos.lib", LeaningEncoder()) as library:
+        library.index(folder)
+        before, found = answers(library), first_by_text(library, range(120))
+        # Without an epoch a head stays the identity.
+        report = library.tune(replace(QUICK, epochs=0))
+        assert report.adopted, report.reason
+        assert "no more than chance explains; correcting for hubs alone brings" in report.reason
+        assert library.model.dim == DIM + 2
+        assert first_by_text(library, range(120)) > found
+        # All that looks at embeddings bears the further dimensions.
+        assert len(library.search("squares 7 -squares 8", image=folder / "7.png", k=5)) == 5
+        assert library.search(image=folder / "7.png", k=3)[0].path.stem == "7"
+        assert library.captions_for(folder / "7.png", k=5)[0].caption.startswith("squares")
+        assert not library.duplicates().groups
+        assert library.index(paint(tmp_path / "more", range(200, 205))).added == 5
+        assert library.verify(sample=4) == []
+        library.forget_root(tmp_path / "more")
+        library.untune()
+        assert answers(library) == before
 
 
 def test_neighbourhoods_are_kept_by_the_identity_and_lost_where_all_texts_become_alike():
