@@ -165,11 +165,15 @@ def ask(dataset: Path, folder: Path, encoder: Encoder, settings: Settings) -> di
     with Library.create(folder / "held-back.lib", encoder) as library:
         library.index(pictures)
         before = {mode: ranks(library, mode) for mode in ("image", "hybrid")}
+        cut_offs = [_cut_off(library)]
         report = library.tune(config_of(settings))
         assert report is not None
         told = {"dataset": dataset.resolve().name, "pictures": len(asked)}
         told |= {"adopted": report.adopted, "reason": report.reason}
         after = {mode: ranks(library, mode) for mode in before}
+        told["cut_off"] = dict(
+            zip(("before", "after"), [*cut_offs, _cut_off(library)], strict=True)
+        )
     for mode, one in before.items():
         hits = np.stack([[some < k for k in KS] for some in (one, after[mode])])  # (2, 3, n)
 
@@ -190,6 +194,13 @@ def ask(dataset: Path, folder: Path, encoder: Encoder, settings: Settings) -> di
             "interval": [round(one, 2) for one in intervals["gain"]],
         }
     return told
+
+
+def _cut_off(library: Library) -> dict[str, float] | None:
+    """By mode, how often it errs in telling answers from what only comes nearest, in percent."""
+    if (answers := library.info()["answers"]) is None:
+        return None
+    return {mode: round(100 * one["error"], 2) for mode, one in answers["cut_off"].items()}
 
 
 def untied(store: Store, encoder: Encoder, settings: Settings) -> Head:
@@ -365,6 +376,13 @@ def tables_of(numbers: Mapping[str, Any]) -> str:
         )
         header = ["found by", *(f"before, R@{k}" for k in KS), *(f"after, R@{k}" for k in KS)]
         parts.append(format_table([*header, "gain of the three together"], rows))
+        if all(asked["cut_off"].values()):
+            errors = "; ".join(
+                f"by {mode} {before:.1f} % before, {asked['cut_off']['after'][mode]:.1f} % after"
+                for mode, before in asked["cut_off"]["before"].items()
+                if mode in ("image", "hybrid")
+            )
+            parts.append(f'"No good match" errs on held-out queries: {errors}.')
     if moved := numbers.get("moved"):
         parts.append(
             f"{moved['pictures']:,} pictures and {moved['captions']:,} captions were carried over"
