@@ -162,37 +162,38 @@ def ask(dataset: Path, folder: Path, encoder: Encoder, settings: Settings) -> di
                 found[place] = names.index(one.file)
         return found
 
+    modes: tuple[Mode, ...] = ("image", "hybrid")
     with Library.create(folder / "held-back.lib", encoder) as library:
         library.index(pictures)
-        before = {mode: ranks(library, mode) for mode in ("image", "hybrid")}
-        cut_offs = [_cut_off(library)]
+        before, cut_off = [ranks(library, mode) for mode in modes], _cut_off(library)
         report = library.tune(config_of(settings))
         assert report is not None
-        told = {"dataset": dataset.resolve().name, "pictures": len(asked)}
-        told |= {"adopted": report.adopted, "reason": report.reason}
-        after = {mode: ranks(library, mode) for mode in before}
-        told["cut_off"] = dict(
-            zip(("before", "after"), [*cut_offs, _cut_off(library)], strict=True)
-        )
-    for mode, one in before.items():
-        hits = np.stack([[some < k for k in KS] for some in (one, after[mode])])  # (2, 3, n)
-
-        def recalled(drawn: Places, hits: NDArray[np.bool_] = hits) -> dict[str, float]:
-            shares = 100 * (hits @ drawn) / drawn.sum()
-            return {"gain": float((shares[1] - shares[0]).sum())}
-
-        shares = 100 * hits.mean(axis=2)
-        intervals = bootstrap_interval(
-            recalled, [len(asked)], resamples=settings.resamples, seed=settings.seed
-        )
-        told[mode] = {
-            **{
-                when: {f"r@{k}": round(float(share), 2) for k, share in zip(KS, some, strict=True)}
-                for when, some in zip(("before", "after"), shares, strict=True)
-            },
-            "gain": round(float((shares[1] - shares[0]).sum()), 2),
-            "interval": [round(one, 2) for one in intervals["gain"]],
+        after = [ranks(library, mode) for mode in modes]
+        told: dict[str, Any] = {
+            "dataset": dataset.resolve().name,
+            "pictures": len(asked),
+            "adopted": report.adopted,
+            "reason": report.reason,
+            "cut_off": {"before": cut_off, "after": _cut_off(library)},
         }
+    for mode, *both in zip(modes, before, after, strict=True):
+        hits = np.array([[some < k for k in KS] for some in both])  # (2, 3, n)
+
+        def gain(drawn: Places, hits: NDArray[np.bool_] = hits) -> dict[str, float]:
+            without, with_it = 100 * (hits @ drawn).sum(axis=1) / drawn.sum()
+            return {"gain": with_it - without}
+
+        told[mode] = {
+            when: {
+                f"r@{k}": round(100 * float(row.mean()), 2) for k, row in zip(KS, rows, strict=True)
+            }
+            for when, rows in zip(("before", "after"), hits, strict=True)
+        }
+        interval = bootstrap_interval(
+            gain, [len(asked)], resamples=settings.resamples, seed=settings.seed
+        )["gain"]
+        told[mode]["gain"] = round(gain(np.ones(len(asked), np.int64))["gain"], 2)
+        told[mode]["interval"] = [round(end, 2) for end in interval]
     return told
 
 
