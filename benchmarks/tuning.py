@@ -305,7 +305,8 @@ def recall_rows(name: str, record: Mapping[str, Any]) -> list[list[str]]:
         "{:+.1f} [{:+.1f}, {:+.1f}]".format(gain[recall], *gain["intervals"][recall])
         for recall in (*RECALLS, "rsum")
     ]
-    told = "adopted" if tuning.is_head_better(record) else "refused"
+    is_better, _ = tuning.is_head_better(record)
+    told = "adopted" if is_better else "refused"
     return [*rows, [f"{name}, gain: {told}", *spans, "", "", "", ""]]
 
 
