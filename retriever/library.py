@@ -424,7 +424,7 @@ class Library:
         Two small maps are trained over the stored embeddings, and measured with captions held out
         (see `retriever.tuning`); then a correction for hubs is. If either finds more than before,
         beyond what chance explains, the library is searched in the new space from now on, which has
-        two more dimensions if it is corrected; otherwise nothing is changed. No picture is opened.
+        more dimensions if it is corrected; otherwise nothing is changed. No picture is opened.
         What was tuned before is started anew.
 
         Args:
