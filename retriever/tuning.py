@@ -639,7 +639,7 @@ def tune(
         config: the settings.
         among: ids of the only pictures that are learned from; None: all.
         progress: called with (done, total) epochs; training may end before the last.
-        stop: asked after each epoch; None comes back once it says yes.
+        stop: asked after each epoch and then before each fold; None comes back once it says yes.
 
     Raises:
         MissingExtraError: torch is not installed.
@@ -673,7 +673,10 @@ def tune(
     head = heads[-1]
     if _knows(record):
         spaces = heads if is_better else [identity(store.model.dim)] * len(heads)
-        correction, measured = corrected(pairs, spaces, config)
+        step = corrected(pairs, spaces, config, stop=stop)
+        if step is None:
+            return None
+        correction, measured = step
         record["correction"] = measured | {"space": "after" if is_better else "before"}
         helps, told = is_correction_better(record["correction"])
         reason = f"{reason}; {told}"
@@ -740,14 +743,19 @@ def _splits(pairs: Pairs, config: TuneConfig) -> Iterator[tuple[Pairs, Pairs, Pa
 
 
 def corrected(
-    pairs: Pairs, heads: Sequence[Head], config: TuneConfig = DEFAULTS
-) -> tuple[Correction, dict[str, Any]]:
+    pairs: Pairs,
+    heads: Sequence[Head],
+    config: TuneConfig = DEFAULTS,
+    *,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Correction, dict[str, Any]] | None:
     """A correction for hubs, to come after the last head, and what such ones bring.
 
     Args:
         pairs: those that the heads are for.
         heads: of each fold and of what is adopted, as `cross_fitted` gives them.
         config: the settings.
+        stop: asked before each fold; None comes back once it says yes.
 
     Returns:
         The correction and a record: `before`, without one, `after` and `gain` as `Tally` has them,
@@ -756,6 +764,8 @@ def corrected(
     """
     tally, weights = Tally(), []
     for head, (train, validation, asked) in zip(heads, _splits(pairs, config), strict=True):
+        if stop is not None and stop():
+            return None
         correction = _chosen(train.carried(head), validation.carried(head), config)
         weights.append(correction.weight)
         if asked is not None:

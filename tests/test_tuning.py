@@ -462,6 +462,7 @@ def test_a_head_that_spoils_what_the_library_is_not_about_is_refused():
 def test_hubs_are_corrected_where_there_are_any(is_of_use):
     pairs = leaning(400) if is_of_use else round_about(400)
     heads = [tuning.identity(24)] * (QUICK.folds + 1)
+    assert tuning.corrected(pairs, heads, QUICK, stop=lambda: True) is None
     correction, record = tuning.corrected(pairs, heads, QUICK)
     helps, told = tuning.is_correction_better(record | {"space": "before"})
     assert helps == is_of_use, told
