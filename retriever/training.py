@@ -249,8 +249,8 @@ class _Run:
         self.log: list[dict[str, Any]] = []
         # A state is taken up only with the very same pictures, captions, vocabulary and towers.
         self.data = _digest(
-            self.pictures.key,
-            self.held_pictures.key,
+            self.pictures.content(),
+            self.held_pictures.content(),
             self.captions.key,
             self.held_captions.key,
             self.captions.first.tolist(),

@@ -182,6 +182,22 @@ def test_state_of_a_run_on_other_data_is_not_taken_up(colours, tmp_path):
         train([other], tmp_path / "a.ckpt", TINY, cache=tmp_path)
 
 
+def test_state_is_taken_up_after_the_data_was_copied_elsewhere(colours, trained, tmp_path):
+    def kill(entry):
+        if entry.epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train([colours], tmp_path / "a.ckpt", TINY, cache=tmp_path, on_epoch=kill)
+    copied = shutil.copytree(colours, tmp_path / "copied", copy_function=shutil.copyfile)
+    seen = []
+    train(
+        [copied], tmp_path / "a.ckpt", TINY, cache=tmp_path, on_epoch=lambda e: seen.append(e.epoch)
+    )
+    assert seen == [2]
+    assert_same_weights(trained, tmp_path / "a.ckpt")
+
+
 def test_a_tower_with_learning_rate_0_stays_as_it_was(colours, trained, tmp_path):
     config = replace(TINY, init=str(trained), finetune=True, epochs=1, image_lr=0.0)
     train([colours], tmp_path / "a.ckpt", config, cache=tmp_path)
