@@ -27,9 +27,11 @@ Rows = NDArray[np.float32]
 # No header of ours is longer, nor has a model more dimensions.
 MAX_HEADER_BYTES = 1 << 16
 MAX_SIDE = 1 << 13
-# Of a correction for hubs: texts whose mean counts, as its paper has it; the least room for it
-# beside cosines; pictures compared with its texts at a time.
+# Of a correction for hubs: texts whose mean counts, as its paper has it; the share of pictures that
+# count as being no farther from texts than the others; the least room for it beside cosines;
+# pictures compared with its texts at a time.
 NEAREST = 10
+FAR = 0.05
 LEAST_SPAN = 0.01
 BLOCK = 256
 # The columns of corrected rows are a multiple of this: FAISS scans 386 eight times slower than 400.
@@ -64,9 +66,12 @@ class Correction:
 
     all rows have length 1 again, and the dot product of a picture and a text is
     (x·t − h(x)) / (1 + s). Those of two texts, and but for the square of a difference of h those of
-    two pictures, keep their order.
+    two pictures, keep their order. Each of the two further numbers is spread evenly over columns,
+    so that none is far larger than those of x and t: whoever rounds rows counts on that.
 
-    texts: (t, d) unit rows. span: no |h| may be larger; one that is counts as that.
+    texts: (t, d) unit rows. span: no |h| is larger; one that would be counts as that. Pictures far
+    from all texts are so, for a library may hold things that its captions never speak of, and these
+    are not to come up for everything.
     """
 
     texts: Rows
@@ -77,33 +82,35 @@ class Correction:
 
     @classmethod
     def of(cls, texts: Rows, pictures: Rows, passed: int) -> Correction:
-        """The whole of it, of weight 1: centred on some pictures (n, d), with room for them."""
+        """The whole of it, of weight 1, with room for some pictures (n, d) but the farthest."""
         near = _nearness(texts, pictures, passed)
-        centre = near.mean()
-        return cls(texts, passed, 1.0, float(centre), float(np.abs(near - centre).max()))
+        low, high = float(np.quantile(near, FAR)), float(near.max())
+        return cls(texts, passed, 1.0, (low + high) / 2, (high - low) / 2)
 
     def weighted(self, weight: float) -> Correction:
         """A part of it, of what is one as a whole."""
         return replace(self, weight=weight, span=max(LEAST_SPAN, weight * self.span))
 
     def __call__(self, kind: Kind, rows: Rows) -> Rows:
-        """(n, made) float32 unit rows for unit rows (n, d); further columns are zeros."""
+        """(n, made) float32 unit rows for unit rows (n, d)."""
         room = math.sqrt(self.span)
         dim = rows.shape[1]
         made = np.zeros((len(rows), _widened(dim)), np.float32)
         made[:, :dim] = rows
+        first, second = np.array_split(made[:, dim:], 2, axis=1)
         if kind == "image":
             high = self.weight * (_nearness(self.texts, rows, self.passed) - self.centre)
-            made[:, dim] = -np.clip(high, -self.span, self.span) / room
-            made[:, dim + 1] = np.sqrt(np.maximum(self.span - made[:, dim] ** 2, 0))
+            taken = -np.clip(high, -self.span, self.span)[:, None] / room
+            first[:] = taken / math.sqrt(first.shape[1])
+            second[:] = np.sqrt(np.maximum(self.span - taken**2, 0) / second.shape[1])
         else:
-            made[:, dim] = room
+            first[:] = room / math.sqrt(first.shape[1])
         made /= math.sqrt(1 + self.span)
         return made
 
 
 def _widened(dim: int) -> int:
-    """Columns of corrected rows, of which two are needed beside `dim`."""
+    """Columns of corrected rows, at least two beside `dim`."""
     return -(-(dim + 2) // COLUMNS) * COLUMNS
 
 

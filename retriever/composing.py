@@ -48,6 +48,7 @@ MIN_QUERY_LENGTH = 1e-4
 # asked with. Half of it measured best of 0.3, 0.5 and 1.
 EXCLUDED_WEIGHT = 0.5
 LEAST_WORDS = 3  # of a sentence that is read by itself: "St. Bernard" has none
+_CANCELLED = "The parts of the query cancel each other out: change the weights"
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\s*\n\s*|(?<=[。！？；])")
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # counted as words each
@@ -151,8 +152,10 @@ def compose(query: Query, encoder: Encoder, means: Rows | None = None) -> Compos
         (row, of_images, weight) for row, (_, weight) in zip(seen, query.images, strict=False)
     ]
     parts = [part for part in parts if part[2]]
-    row = _sum(parts)
-    home = of_texts if query.texts else of_images
+    if not parts:
+        raise UsageError(_CANCELLED)
+    home = _home(parts)
+    row = _sum(parts, home)
 
     away = np.zeros((len(query.without), encoder.dim), dtype=np.float32)
     shunned_rows = iter(seen[len(pictures) :])
@@ -164,7 +167,9 @@ def compose(query: Query, encoder: Encoder, means: Rows | None = None) -> Compos
             continue
         else:
             excluded = (plan.whole(text), of_texts, EXCLUDED_WEIGHT)
-        direction[:] = _sum([(row, home, 1.0), excluded]) - row
+        # At the row's own home, or else the way between the modalities would speak for or against
+        # every picture alike.
+        direction[:] = _sum([(row, home, 1.0), excluded], home) - row
     names = tuple(thing(one) if isinstance(one, str) else "" for one in query.without)
     return Composed(row, away, names)
 
@@ -294,28 +299,34 @@ def _length(text: str) -> int:
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _sum(parts: Sequence[tuple[Rows, Rows, float]]) -> Rows:
-    """The unit row of (row, mean of its modality, weight); one part alone is itself.
+def _shares(parts: Sequence[tuple[Rows, Rows, float]]) -> NDArray[np.float64]:
+    """(p,) how much each of (row, mean of its modality, weight) counts for, of 1."""
+    sizes = np.abs([weight for _, _, weight in parts])
+    shares: NDArray[np.float64] = sizes / sizes.sum()
+    return shares
+
+
+def _home(parts: Sequence[tuple[Rows, Rows, float]]) -> Rows:
+    """Where plain queries of the modalities of some parts lie."""
+    home: Rows = (_shares(parts) @ [mean for _, mean, _ in parts]).astype(np.float32)
+    return home
+
+
+def _sum(parts: Sequence[tuple[Rows, Rows, float]], home: Rows) -> Rows:
+    """The unit row of (row, mean of its modality, weight) at a home; one part alone is itself.
 
     Raises UsageError if they cancel each other out.
     """
     if len(parts) == 1 and parts[0][2] > 0:
         return parts[0][0]
-    share = np.abs([weight for _, _, weight in parts])
-    share = share / share.sum() if share.any() else share
+    shares = _shares(parts)
     centred = [(row - mean).astype(np.float64) for row, mean, _ in parts]
-    total = sum(
-        (
-            np.sign(part[2]) * one * row
-            for part, one, row in zip(parts, share, centred, strict=True)
-        ),
-        np.zeros(len(parts[0][0]) if parts else 0),
-    )
+    signs = np.sign([weight for _, _, weight in parts])
+    total = (signs * shares) @ centred
     length = float(np.linalg.norm(total))
     if length < MIN_QUERY_LENGTH:
-        raise UsageError("The parts of the query cancel each other out: change the weights")
-    usual = float(share @ [np.linalg.norm(row) for row in centred])
-    home = share @ [mean for _, mean, _ in parts]
+        raise UsageError(_CANCELLED)
+    usual = float(shares @ [np.linalg.norm(row) for row in centred])
     return _unit(total * (usual / length) + home)
 
 

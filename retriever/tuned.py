@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TunedEncoder:
-    """`base`, then a head of the same dimensions; see `retriever.encoders.Encoder`.
+    """`base`, then a head; see `retriever.encoders.Encoder`.
 
     What `base` tells of itself besides, such as how pictures are prepared, holds here too.
     """

@@ -21,12 +21,14 @@ library is not about must be left alone: see `General`.
 
 A correction for hubs (`indexes.heads.Correction`) is a second step, in the space that the first led
 to, be that the former one. Its weight is chosen on the pairs that stopped the training, what it
-brings is measured on the same held-out ones, and it is kept by the same rule, apart from the head.
-It reorders the pictures that a text finds; of the texts that a picture finds it changes nothing.
+brings is measured on the same held-out ones, and it is kept, apart from the head, only if that is
+more than chance explains. It reorders the pictures that a text finds; the texts that a picture
+finds stay as they are but for ties in rounding.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from indexes.filters import Compare
-from indexes.heads import Correction, Head, Residual
+from indexes.heads import MAX_SIDE, Correction, Head, Residual
 from indexes.records import KINDS, Kind, unit_rows
 from retriever import calibration, metrics
 from retriever.duplicates import collapse
@@ -86,7 +88,7 @@ class TuneConfig:
     faithful: float = (
         10.0  # weight of staying where it was with texts that are about something else
     )
-    hub_texts: int = 2000  # that a correction for hubs compares pictures with, at most
+    hub_texts: int = 4000  # that a correction for hubs compares pictures with, at most
     hub_weights: Sequence[float] = (0.25, 0.5, 0.75, 1.0)  # of it, one of which is chosen
     resamples: int = 1000
     seed: int = 0
@@ -775,12 +777,13 @@ def corrected(
 
 def _chosen(train: Pairs, validation: Pairs, config: TuneConfig) -> Correction:
     """By texts of `train`, with the weight that lets texts of `validation` find most."""
+    # In turns, one text of every picture: a picture's own must not speak against it, and of as many
+    # as one may meet of these the nearest are passed by.
     rng = np.random.default_rng(config.seed)
-    some = np.sort(rng.permutation(len(train.texts))[: config.hub_texts])
+    turns = _table(train)[rng.permutation(len(train))].T.ravel()
+    some = list(dict.fromkeys(turns[turns >= 0].tolist()))[: min(config.hub_texts, MAX_SIDE)]
     texts = train.texts[some]
-    # As many as a picture of the library will likely meet of its own.
-    share = len(texts) / len(train.texts)
-    passed = round(share * len(train.edges) / len(train))
+    passed = math.ceil(np.isin(train.edges[:, 1], some).sum() / len(train))
     whole = Correction.of(texts, train.pictures, passed)
     best, most = whole, -1.0
     for weight in (0.0, *config.hub_weights):
@@ -864,8 +867,10 @@ def render(record: Mapping[str, Any]) -> str:
             f"R@{k} {one['before'][f't2i_r@{k}']:.1f} → {one['after'][f't2i_r@{k}']:.1f}"
             for k in metrics.KS
         )
-        lines.append(f"{one['space']}, and then corrected for hubs: t2i {found}")
-    kept = min(record["general"]["texts"], record["general"]["pictures"])
-    lines.append(f"of what it is not about, {100 * kept:.0f} % of the neighbourhoods stay")
+        low, high = one["gain"]["intervals"]["rsum"]
+        base = "with the maps" if one["space"] == "after" else "without the maps"
+        lines.append(f"{base}, corrected for hubs: t2i {found}; rSum {low:+.1f} to {high:+.1f}")
+    kept = 100 * min(record["general"]["texts"], record["general"]["pictures"])
+    lines.append(f"of what it is not about, the maps leave {kept:.0f} % of the neighbourhoods")
     lines.append(f"measured in {record['seconds']:.0f} s; intervals are of 95 %")
     return "\n".join(lines)

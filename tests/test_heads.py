@@ -53,8 +53,8 @@ def spec_of(head: Head) -> ModelSpec:
     return ModelSpec("toy+tuned", head.made, fingerprint(BASE.fingerprint, head.pack()))
 
 
-def unit_rows(n: int, seed: int = 1) -> np.ndarray:
-    rows = np.random.default_rng(seed).normal(size=(n, 4)).astype(np.float32)
+def unit_rows(n: int, seed: int = 1, dim: int = 4) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(n, dim)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
@@ -185,24 +185,51 @@ def test_a_correction_takes_away_what_pictures_owe_to_their_nearness_to_texts(mo
     pictures = np.array([[0.6, 0.8, 0, 0], [0, 0.6, 0, 0.8]], np.float32)
     # Of the first, the nearest text (0.8) is passed by, so 0.6 and 0.6 are left; of the other one,
     # after 0.6, the two zeros.
+    monkeypatch.setattr(heads, "FAR", 0)
     whole = Correction.of(texts, pictures, 1)
     assert (whole.centre, whole.span) == pytest.approx((0.3, 0.3))
     part = whole.weighted(0.5)
     assert part.span == pytest.approx(0.15)
     queries = unit_rows(3)
     scores = part("caption", queries) @ part("image", pictures).T
-    taken = np.array([0.5 * 0.3, -0.5 * 0.3])
-    assert scores == pytest.approx((queries @ pictures.T - taken) / 1.15, abs=1e-6)
+    high = np.array([0.5 * 0.3, -0.5 * 0.3])
+    assert scores == pytest.approx((queries @ pictures.T - high) / 1.15, abs=1e-6)
+
+
+def taken(whole: Correction, pictures: np.ndarray) -> np.ndarray:
+    """What is taken from the scores of some pictures (n, d)."""
+    query = unit_rows(1, 9, pictures.shape[1])
+    scores = whole("caption", query) @ whole("image", pictures).T * (1 + whole.span)
+    return (query @ pictures.T - scores)[0]
 
 
 def test_where_there_are_fewer_texts_than_count_all_of_them_do(monkeypatch):
-    monkeypatch.setattr(heads, "NEAREST", 10)
+    monkeypatch.setattr(heads, "FAR", 0)
     texts, pictures = unit_rows(5, 2), unit_rows(6)
     whole = Correction.of(texts, pictures, 3)
     means = (pictures @ texts.T).mean(axis=1)
-    assert whole.centre == pytest.approx(means.mean(), abs=1e-6)
-    high = -whole("image", pictures)[:, 4] * (whole.span * (1 + whole.span)) ** 0.5
-    assert high == pytest.approx(means - means.mean(), abs=1e-5)
+    assert whole.centre == pytest.approx((means.min() + means.max()) / 2, abs=1e-6)
+    assert taken(whole, pictures) == pytest.approx(means - whole.centre, abs=1e-5)
+
+
+def test_pictures_far_from_all_texts_are_lifted_no_more_than_others():
+    texts = unit_rows(40) + np.array([3, 0, 0, 0], np.float32)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    pictures = texts + unit_rows(40, 1) / 2
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    whole = Correction.of(texts, pictures, 1)
+    far = np.eye(4, dtype=np.float32)[1:]
+    assert taken(whole, np.concatenate([far, -far])) == pytest.approx(np.full(6, -whole.span))
+    lifted = taken(whole, pictures) <= -whole.span + 1e-5
+    assert lifted.mean() == pytest.approx(heads.FAR, abs=1 / 40)
+
+
+def test_further_columns_are_as_large_as_others_so_that_rounding_bears_them():
+    texts, pictures = unit_rows(60, 2, dim=384), unit_rows(50, dim=384)
+    whole = Correction.of(texts, pictures, 2)
+    for kind in KINDS:
+        made = np.abs(whole(kind, pictures))
+        assert made[:, 384:].max() < made[:, :384].max()
 
 
 @given(seed=st.integers(0, 1000), weight=st.sampled_from([0.0, 0.25, 1.0]))
