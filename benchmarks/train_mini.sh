@@ -8,7 +8,7 @@
 # of the same pictures; only flickr8k has "val" and "test" splits, of which the first decides what is
 # kept and the second is never read. WORK is for downloads, caches and checkpoints; a run that was
 # interrupted goes on where it stopped. The result is WORK/mini, which is retriever/mini of the release.
-# Needs the extra [models]; about four hours on two CPU cores.
+# Needs the extra [models]; about four and a half hours on two CPU cores.
 set -euo pipefail
 data=$1 work=$2
 mkdir -p "$work/wheels" "$work/weights"

@@ -536,7 +536,7 @@ def train_head(
         return total
 
     between = torch.linspace(0, 1, ANCHORS)[:, None]
-    table = _table(train)
+    table = text_table(train)
     counts = (table >= 0).sum(axis=1)
     best, best_epoch, best_rsum = identity(dim), 0, rsum(validation)
     for epoch in range(1, config.epochs + 1):
@@ -579,7 +579,7 @@ def identity(dim: int) -> Head:
     return Head(dict.fromkeys(KINDS, nothing))
 
 
-def _table(pairs: Pairs) -> Places:
+def text_table(pairs: Pairs) -> Places:
     """(n, c) the texts of each picture, filled up with -1."""
     counts = np.bincount(pairs.edges[:, 0], minlength=len(pairs))
     order = np.argsort(pairs.edges[:, 0], kind="stable")
@@ -707,7 +707,7 @@ def cross_fitted(
     report(0, total)
     tally, epochs = Tally(), []
     heads: list[Head] = []
-    for train, validation, asked in _splits(pairs, config):
+    for train, validation, asked in splits(pairs, config):
         done = len(heads) * config.epochs
         trained = train_head(
             train,
@@ -728,7 +728,7 @@ def cross_fitted(
     return heads, record | {"epochs": epochs, "general": general.half(1).kept(heads[-1])}
 
 
-def _splits(pairs: Pairs, config: TuneConfig) -> Iterator[tuple[Pairs, Pairs, Pairs | None]]:
+def splits(pairs: Pairs, config: TuneConfig) -> Iterator[tuple[Pairs, Pairs, Pairs | None]]:
     """What is learned, what stops the training and what is asked: fold by fold.
 
     The last one is for the head that is adopted: nothing is held out of it.
@@ -765,22 +765,22 @@ def corrected(
         changes nothing.
     """
     tally, weights = Tally(), []
-    for head, (train, validation, asked) in zip(heads, _splits(pairs, config), strict=True):
+    for head, (train, validation, asked) in zip(heads, splits(pairs, config), strict=True):
         if stop is not None and stop():
             return None
-        correction = _chosen(train.carried(head), validation.carried(head), config)
+        correction = chosen_correction(train.carried(head), validation.carried(head), config)
         weights.append(correction.weight)
         if asked is not None:
             tally.add(asked.carried(head), asked.carried(replace(head, correction=correction)))
     return correction, tally.record(config.resamples, config.seed) | {"weights": weights}
 
 
-def _chosen(train: Pairs, validation: Pairs, config: TuneConfig) -> Correction:
+def chosen_correction(train: Pairs, validation: Pairs, config: TuneConfig) -> Correction:
     """By texts of `train`, with the weight that lets texts of `validation` find most."""
     # In turns, one text of every picture: a picture's own must not speak against it, and of as many
     # as one may meet of these the nearest are passed by.
     rng = np.random.default_rng(config.seed)
-    turns = _table(train)[rng.permutation(len(train))].T.ravel()
+    turns = text_table(train)[rng.permutation(len(train))].T.ravel()
     some = list(dict.fromkeys(turns[turns >= 0].tolist()))[: min(config.hub_texts, MAX_SIDE)]
     texts = train.texts[some]
     passed = math.ceil(np.isin(train.edges[:, 1], some).sum() / len(train))

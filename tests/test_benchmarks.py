@@ -490,6 +490,67 @@ def test_tuning_without_the_data_is_no_failure(tmp_path: Path) -> None:
     assert "skipped" in run_script("tuning", tmp_path / "nowhere").stderr
 
 
+def test_rerank(tmp_path: Path, coloured: Path) -> None:
+    few = ("--epochs", 2, "--tune-epochs", 1, "--resamples", 50)
+    record = run_benchmark(
+        "rerank", coloured, "--libraries", tmp_path / "libraries", *few, folder=tmp_path
+    )
+    [found] = record["numbers"].values()
+    assert found["pictures"] == len(list(coloured.glob("*.png")))
+    assert len(found["spaces"]) == 2
+    for space in found["spaces"].values():
+        assert 0 < space["before"] <= 100
+        assert space["gain"] == pytest.approx(space["after"] - space["before"], abs=0.02)
+        assert space["interval"][0] <= space["gain"] <= space["interval"][1]
+
+
+def test_rerank_without_the_data_is_no_failure(tmp_path: Path) -> None:
+    missing = run_script("rerank", tmp_path / "nowhere", "--libraries", tmp_path / "libraries")
+    assert "skipped" in missing.stderr
+
+
+def test_ranked_again_the_right_picture_is_first_only_alone() -> None:
+    import rerank
+
+    scores = np.array([[0.9, 0.8], [0.9, 0.8], [0.9, 0.8], [0.8, 0.8]], np.float32)
+    is_right = np.array([[True, False], [False, True], [False, False], [True, False]])
+    candidates = rerank.Candidates(np.tile([0, 1], (4, 1)), scores, is_right)
+    assert candidates.is_first().tolist() == [True, False, False, False]
+    logits = np.array([[0, 0], [-1, 1], [1, -1], [1, -1]], np.float32)
+    assert candidates.is_first(logits).tolist() == [True, True, False, True]
+    best, weight = rerank.weighed(candidates, logits)
+    assert best == 0.75
+    assert (scores[1] + weight * logits[1]).argmax() == 1
+    assert rerank.weighed(candidates, np.zeros_like(logits)) == (0.25, 0.0)
+    assert rerank.weighed(candidates, -logits) == (0.25, 0.0), "what does not help is not used"
+
+
+def test_a_classifier_of_pairs_learns_what_cosines_do_not_tell() -> None:
+    import rerank
+
+    from retriever.tuning import Pairs
+
+    rng = np.random.default_rng(0)
+
+    def made(count: int) -> Pairs:
+        # Each kind of picture lies where the texts of the next kind do.
+        kinds = rng.integers(10, size=count)
+        near = np.stack([np.eye(10)[kinds], np.eye(10)[(kinds + 1) % 10]])
+        rows = np.concatenate([near, rng.normal(0, 0.3, (2, count, 6))], axis=2)
+        rows /= np.linalg.norm(rows, axis=2, keepdims=True)
+        pictures, texts = rows.astype(np.float32)
+        places = np.arange(count)
+        return Pairs(pictures, texts, np.stack([places, places], axis=1), places)
+
+    learned, watched, asked = made(400), made(60), made(60)
+    settings = rerank.Settings(epochs=15, width=64)
+    [(before, after, weight)] = rerank.learn(
+        learned, {"here": (watched, asked)}, (watched, asked), settings
+    ).values()
+    assert weight > 0
+    assert after.mean() > before.mean() + 0.05
+
+
 def test_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import train
 

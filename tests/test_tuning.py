@@ -480,9 +480,9 @@ def test_hubs_are_corrected_where_there_are_any(is_of_use):
 
 def test_texts_that_a_picture_has_of_its_own_are_passed_by():
     pairs = leaning(300)
-    one = tuning._chosen(pairs, pairs, QUICK)
+    one = tuning.chosen_correction(pairs, pairs, QUICK)
     assert one.passed == 1
-    few = tuning._chosen(pairs, pairs, replace(QUICK, hub_texts=100))
+    few = tuning.chosen_correction(pairs, pairs, replace(QUICK, hub_texts=100))
     assert (len(few.texts), few.passed) == (100, 1)
     twice = Pairs(
         pairs.pictures,
@@ -490,7 +490,7 @@ def test_texts_that_a_picture_has_of_its_own_are_passed_by():
         np.concatenate([pairs.edges, pairs.edges + np.array([0, 300])]),
         pairs.groups,
     )
-    some = tuning._chosen(twice, twice, replace(QUICK, hub_texts=300))
+    some = tuning.chosen_correction(twice, twice, replace(QUICK, hub_texts=300))
     of_pairs = {row.tobytes() for row in np.concatenate([pairs.texts, -pairs.texts])}
     assert {row.tobytes() for row in some.texts} <= of_pairs
     assert len({np.abs(row).tobytes() for row in some.texts}) == 300  # one of every picture
