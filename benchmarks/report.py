@@ -221,6 +221,17 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([joined(lines[0]), joined(rule), *(joined(line) for line in lines[1:])])
 
 
+def present(folders: Iterable[Path]) -> list[Path]:
+    """Those of some folders that are there; of the others people are told."""
+    found = []
+    for folder in folders:
+        if folder.is_dir():
+            found.append(folder)
+        else:
+            click.echo(f"skipped: {folder} is not here", err=True)
+    return found
+
+
 # ── options ──────────────────────────────────────────────────────────────────────────────────────
 
 Option = Callable[[Callable[..., None]], Callable[..., None]]

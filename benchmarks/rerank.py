@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from report import format_table, out_option, write_report
+from report import format_table, out_option, present, write_report
 from tuning import ids_of, library_of
 
 from indexes.store import Store
-from retriever import calibration, tuning
+from retriever import tuning
 from retriever.encoders import load_encoder
 from retriever.metrics import bootstrap_interval, top_k
-from retriever.phrases import phrases
 from retriever.tuning import General, Pairs, TuneConfig
 
 if TYPE_CHECKING:
@@ -116,8 +115,9 @@ def logits_of(matcher: "PooledMatcher", pairs: Pairs, candidates: Candidates) ->
 
 def weighed(candidates: Candidates, logits: Scores) -> tuple[float, float]:
     """The best R@1 and the weight of the logits that gives it; of equals the smallest."""
-    spread = float(np.sqrt(logits.var(axis=1).mean()))
-    unit = float(np.sqrt(candidates.scores.var(axis=1).mean())) / spread if spread > 0 else 0.0
+    from baselines.reranking import spread
+
+    unit = spread(candidates.scores) / spread(logits)
     tried = [(float(candidates.is_first().mean()), 0.0)]
     for share in SHARES:
         weight = share * unit
@@ -129,7 +129,7 @@ def learn(
     train: Pairs,
     spaces: Mapping[str, tuple[Pairs, Pairs]],
     pairs: tuple[Pairs, Pairs],
-    of: Settings,
+    settings: Settings,
 ) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_], float]]:
     """Trains one classifier, and gives what it brings to each space.
 
@@ -137,51 +137,47 @@ def learn(
         train: pairs that it learns.
         spaces: by name, where the validation and the held-out pairs get their cosines.
         pairs: the validation and the held-out ones where `train` is, which the classifier sees.
-        of: the settings.
+        settings: of the classifier.
 
     Returns:
         By space, of the held-out texts (m,) whether the right picture is first before and after,
         and the weight that was chosen.
     """
     import torch
-    from baselines.fit import lr_factor, optimiser_of
+    from baselines.fit import descend, lr_factor, optimiser_of
     from baselines.fusion import FusionConfig, PooledMatcher, confusing_batches, match_loss
     from torch import nn
 
-    torch.manual_seed(of.seed)
-    rng = np.random.default_rng(of.seed)
+    torch.manual_seed(settings.seed)
+    rng = np.random.default_rng(settings.seed)
     dim = train.pictures.shape[1]
-    matcher = PooledMatcher((dim, dim), of.fusion, of.width)
+    matcher = PooledMatcher((dim, dim), settings.fusion, settings.width)
     # It begins as if it were not there.
     nn.init.zeros_(matcher.judge[-1].weight)
     nn.init.zeros_(matcher.judge[-1].bias)
-    config = FusionConfig(of.epochs, of.batch_size, seed=of.seed)
+    config = FusionConfig(settings.epochs, settings.batch_size, seed=settings.seed)
     optimiser = optimiser_of(matcher, config.lr, config.weight_decay)
     near = top_k(train.pictures, train.pictures, min(config.depth + 1, len(train)))[:, 1:]
     table = tuning.text_table(train)
     counts = (table >= 0).sum(axis=1)
     images, texts = torch.from_numpy(train.pictures), torch.from_numpy(train.texts)
-    told = {name: [Candidates.of(one, of.top) for one in both] for name, both in spaces.items()}
+    told = {
+        name: [Candidates.of(one, settings.top) for one in both] for name, both in spaces.items()
+    }
     best = {name: (float(one.is_first().mean()), 0.0) for name, (one, _) in told.items()}
     added: dict[str, Scores | float] = dict.fromkeys(told, 0.0)
-    total, done = of.epochs * max(len(train) // of.batch_size, 1), 0
-    for _ in range(of.epochs):
+    total, done = settings.epochs * max(len(train) // settings.batch_size, 1), 0
+    for _ in range(settings.epochs):
         matcher.train()
         for rows in confusing_batches(near, config, rng):
-            for group in optimiser.param_groups:
-                group["lr"] = config.lr * lr_factor(done, total, config.warmup)
             drawn = table[rows, rng.integers(counts[rows])]
-            also = (table[rows][:, None, :] == drawn[None, :, None]).any(axis=2)
-            np.fill_diagonal(also, False)
+            also = torch.from_numpy(tuning.also_told(table[rows], drawn))
             fused = matcher.compare(
                 matcher.encode_images(images[rows]), matcher.encode_texts(texts[drawn])
             )
-            logits = fused + of.logit_scale * images[rows] @ texts[drawn].T
-            loss = match_loss(logits.masked_fill(torch.from_numpy(also), FAR), config.listwise)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(matcher.parameters(), 1.0)
-            optimiser.step()
+            logits = fused + settings.logit_scale * images[rows] @ texts[drawn].T
+            loss = match_loss(logits.masked_fill(also, FAR), config.listwise)
+            descend(matcher, optimiser, loss, config.lr * lr_factor(done, total, config.warmup))
             done += 1
         for name, (watched, asked) in told.items():
             found = weighed(watched, logits_of(matcher, pairs[0], watched))
@@ -303,15 +299,12 @@ Folder = click.Path(path_type=Path)
 def main(datasets: tuple[Path, ...], libraries: Path, out: Path | None, **options: Any) -> None:
     """Rank what libraries of DATASETS find again, folders of captioned pictures, and measure it."""
     settings = Settings(**options)
-    for one in datasets:
-        if not one.is_dir():
-            click.echo(f"skipped: {one} is not here", err=True)
-    there = [one for one in datasets if one.is_dir()]
+    there = present(datasets)
     if not there:
         return
     started = time.perf_counter()
     encoder = load_encoder(settings.model)
-    background = encoder.encode_texts([*calibration.background(), *phrases()])
+    background = encoder.encode_texts(tuning.other_texts())
     libraries.mkdir(parents=True, exist_ok=True)
     numbers: dict[str, Any] = {}
     for dataset in there:

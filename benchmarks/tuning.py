@@ -29,18 +29,17 @@ from typing import Any
 import click
 import numpy as np
 from numpy.typing import NDArray
-from report import format_table, out_option, write_report
+from report import format_table, out_option, present, write_report
 
 from indexes.heads import Head, fingerprint
 from indexes.records import ModelSpec
 from indexes.store import Store
-from retriever import calibration, tuning
+from retriever import tuning
 from retriever.channels import Mode
 from retriever.data import list_pictures, read_pairs
 from retriever.encoders import Encoder, load_encoder
 from retriever.library import Library
 from retriever.metrics import KS, bootstrap_interval
-from retriever.phrases import phrases
 from retriever.tuning import RECALLS, General, Pairs, TuneConfig
 
 Rows = NDArray[np.float32]
@@ -209,7 +208,7 @@ def untied(store: Store, encoder: Encoder, settings: Settings) -> Head:
     config = replace(config_of(settings), faithful=0.0)
     pairs = Pairs.of(store, config)
     folds = tuning.dealt_into_folds(pairs.groups, config.folds, config.seed)
-    general = General.of(encoder.encode_texts([*calibration.background(), *phrases()]), pairs)
+    general = General.of(encoder.encode_texts(tuning.other_texts()), pairs)
     trained = tuning.train_head(
         pairs.part(folds != 0), pairs.part(folds == 0), general.half(0), config
     )
@@ -422,10 +421,8 @@ def main(
 ) -> None:
     """Tune libraries of DATASETS, folders of captioned pictures, and measure what that brings."""
     settings = Settings(**options)
-    for one in {*datasets, *foreigns}:
-        if not one.is_dir():
-            click.echo(f"skipped: {one} is not here", err=True)
-    there = [one for one in datasets if one.is_dir()]
+    here = present(dict.fromkeys((*datasets, *foreigns)))
+    there = [one for one in datasets if one in here]
     if not there:
         return
     started = time.perf_counter()
@@ -458,7 +455,7 @@ def main(
                     "tuned": heads[0],
                     "tuned, tied to nothing": untied(store, encoder, settings),
                 }
-            for foreign in [one for one in foreigns if one.is_dir()]:
+            for foreign in [one for one in foreigns if one in here]:
                 with Store.open(library_of(foreign, folder, encoder)) as store:
                     pairs = Pairs.of(store, config_of(settings), ids_of(store, foreign, "test"))
                 numbers["elsewhere"][foreign.resolve().name] = {"untuned": recalls(pairs)} | {

@@ -412,6 +412,11 @@ def _space(pairs: Pairs) -> dict[str, float]:
 # ── what the library is not about ────────────────────────────────────────────────────────────────
 
 
+def other_texts() -> list[str]:
+    """Texts about all kinds of things; `General` keeps those that are about something else."""
+    return [*calibration.background(), *phrases()]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class General:
     """Texts about something else than a library, and what stands for pictures of them.
@@ -519,10 +524,9 @@ def train_head(
     def loss(pictures: Places, texts: Places) -> torch.Tensor:
         images = carried("image", rows["image"][pictures])
         captions = carried("caption", rows["caption"][texts])
-        also = (table[pictures][:, None, :] == texts[None, :, None]).any(axis=2)
-        np.fill_diagonal(also, False)
+        also = torch.from_numpy(also_told(table[pictures], texts))
         logits = scale.exp() * images @ captions.T
-        logits = logits.masked_fill(torch.from_numpy(also), -1e4)
+        logits = logits.masked_fill(also, -1e4)
         partners = torch.arange(len(pictures))
         contrast = F.cross_entropy(logits, partners) + F.cross_entropy(logits.T, partners)
         some = rng.integers(len(general.texts), size=(2, ANCHORS))
@@ -587,6 +591,18 @@ def text_table(pairs: Pairs) -> Places:
     table = np.full((len(pairs), counts.max()), -1, dtype=np.int64)
     table[pairs.edges[order, 0], within] = pairs.edges[order, 1]
     return table
+
+
+def also_told(told: Places, texts: Places) -> Mask:
+    """(b, b) which texts of a batch another of its pictures has as well.
+
+    Args:
+        told: (b, c) the texts that each picture has, as in `text_table`.
+        texts: (b,) the one that was drawn of each.
+    """
+    also: Mask = (told[:, None, :] == texts[None, :, None]).any(axis=2)
+    np.fill_diagonal(also, False)
+    return also
 
 
 # ── tuning ───────────────────────────────────────────────────────────────────────────────────────
@@ -664,7 +680,7 @@ def tune(
         few = f"{len(pairs):,} captioned pictures in {record['groups']:,} groups"
         reason = f"too few captions to tell whether tuning helps: {few}, of at least {FEWEST} in"
         return Tuning(None, False, f"{reason} {2 * config.folds} that share no caption", record)
-    texts = encoder().encode_texts([*calibration.background(), *phrases()])
+    texts = encoder().encode_texts(other_texts())
     general = General.of(texts, pairs)
     found = cross_fitted(pairs, general, config, progress=progress, stop=stop)
     if found is None:

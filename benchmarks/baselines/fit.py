@@ -116,6 +116,16 @@ def optimiser_of(module: nn.Module, lr: float, weight_decay: float) -> torch.opt
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
 
 
+def descend(system: nn.Module, optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One step of training."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(system.parameters(), 1.0)
+    optimiser.step()
+
+
 def lr_factor(step: int, total: int, warmup: float) -> float:
     """Share of the peak learning rate: it rises in a line, then falls along a cosine."""
     rising = max(int(total * warmup), 1)
@@ -164,17 +174,12 @@ def fit_embeddings(
         system.train()
         losses = []
         for step, (rows, drawn) in enumerate(_batches(train.picture, steps, epoch, config)):
-            for group in optimiser.param_groups:
-                done = epoch * steps + step
-                group["lr"] = config.lr * lr_factor(done, steps * config.epochs, config.warmup)
             owners = torch.arange(len(rows)).repeat_interleave(config.captions_per_picture)
             with autocast():
                 images = train.images(rows, (config.seed, epoch))
                 loss = system.loss(images, train.texts(drawn.reshape(-1)), owners)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(system.parameters(), 1.0)
-            optimiser.step()
+            factor = lr_factor(epoch * steps + step, steps * config.epochs, config.warmup)
+            descend(system, optimiser, loss, config.lr * factor)
             losses.append(loss.item())
         entry = measure(system, held_out, epoch, float(np.mean(losses)), started)
         if not log or entry["metrics"]["rsum"] > max(one["metrics"]["rsum"] for one in log):

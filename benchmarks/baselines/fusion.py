@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from baselines.features import Features, Rows, autocast
-from baselines.fit import draw_captions, lr_factor, optimiser_of
+from baselines.fit import descend, draw_captions, lr_factor, optimiser_of
 from baselines.heads import Heads
 from baselines.reranking import Shortlist, rerank
 from torch import Tensor, nn
@@ -257,17 +257,12 @@ def fit_matcher(
         matcher.train()
         losses = []
         for rows in confusing_batches(neighbours, config, rng):
-            for group in optimiser.param_groups:
-                group["lr"] = config.lr * lr_factor(done, total, config.warmup)
             with autocast():
                 images = matcher.encode_images(matcher.images_of(train, rows))
                 texts = matcher.encode_texts(matcher.texts_of(train, drawn[rows]))
                 logits = matcher.compare(images, texts)
             loss = match_loss(logits, config.listwise)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(matcher.parameters(), 1.0)
-            optimiser.step()
+            descend(matcher, optimiser, loss, config.lr * lr_factor(done, total, config.warmup))
             losses.append(loss.item())
             done += 1
         features, shortlist = held_out

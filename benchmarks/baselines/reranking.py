@@ -160,11 +160,11 @@ class Reranked:
 
     def best(self) -> Ranking:
         """With the weight that is worth most here; of equals the smallest."""
-        unit = _spread(self.shortlist.t2i.scores) / _spread(self.t2i)
+        unit = spread(self.shortlist.t2i.scores) / spread(self.t2i)
         return max((self.at(unit * share) for share in WEIGHTS), key=lambda one: one.worth)
 
 
-def _spread(scores: Scores) -> float:
+def spread(scores: Scores) -> float:
     """Standard deviation within the candidates of a query, of all queries."""
     return float(np.sqrt(np.mean(np.var(scores, axis=1)))) or 1.0
 
